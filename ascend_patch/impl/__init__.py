@@ -1,0 +1,1 @@
+"""What patches put in place of a host's own methods."""

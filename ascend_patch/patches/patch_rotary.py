@@ -1,0 +1,58 @@
+"""Rotary embedding straight from `cos_sin_cache` and positions."""
+
+from __future__ import annotations
+
+from ascend_patch._registry import Band, Patch, Target
+
+BASE = "vllm.model_executor.layers.rotary_embedding.base"
+COMMON = "vllm.model_executor.layers.rotary_embedding.common"
+IMPL = "ascend_patch.impl.rotary"
+
+# What our forward reads of the layer, and what its result must equal.
+LAYER = (
+    f"{BASE}:RotaryEmbeddingBase.__init__",
+    f"{BASE}:RotaryEmbeddingBase._match_cos_sin_cache_dtype",
+    f"{BASE}:RotaryEmbedding.__init__",
+    f"{BASE}:RotaryEmbedding.forward_static",
+    f"{COMMON}:ApplyRotaryEmb.forward_static",
+)
+
+PATCH = Patch(
+    id="rotary",
+    version="1",
+    summary="RoPE from cos_sin_cache and positions, in fp32, for any rotary_dim",
+    why=(
+        "Releases round cos and sin products to the model's dtype, or compute sine offsets that are "
+        "wrong where rotary_dim is not a power of two."
+    ),
+    upstream="vllm-ascend #5450 (cos_sin_cache and positions) and #5799 (ApplyRotaryEmb)",
+    remove_when="the release's own rotary operator passes `ascend-patch verify` on your models",
+    bands=(
+        Band(
+            host="vllm",
+            versions=">=0.16.0,<0.23.0",
+            releases=("0.18.0",),
+            targets=(
+                # Eager CPU servers call forward_cpu; compiled ones trace forward_native.
+                Target(
+                    symbol=f"{BASE}:RotaryEmbedding.forward_native",
+                    seam="traced",
+                    replacement=f"{IMPL}:forward",
+                    context=LAYER,
+                ),
+                Target(
+                    symbol=f"{BASE}:RotaryEmbedding.forward_cpu",
+                    seam="traced",
+                    replacement=f"{IMPL}:forward",
+                    context=LAYER,
+                ),
+            ),
+        ),
+    ),
+    watch={"vllm": (), "vllm_ascend": ()},
+    untouched=(
+        "MRotaryEmbedding, DeepseekScalingRotaryEmbedding and Llama4VisionRotaryEmbedding: they "
+        "derive from RotaryEmbeddingBase and keep their own arithmetic",
+        "RotaryEmbedding.forward_cuda and forward_hip: vLLM's own kernels are right there",
+    ),
+)
