@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -59,8 +60,18 @@ def of_source(source: str, qualname: str) -> Fingerprint | None:
     text = "\n".join(_dump(node) for node in nodes)
     digest = hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARACTERS]
     last = nodes[-1]
-    is_function = isinstance(last, ast.FunctionDef | ast.AsyncFunctionDef)
-    return Fingerprint(_signature(last.args) if is_function else "", digest)
+    if isinstance(last, ast.FunctionDef | ast.AsyncFunctionDef):
+        return Fingerprint(_signature(last.args), digest)
+    return Fingerprint("", digest)
+
+
+def text_of(source: str, qualname: str) -> Iterator[str]:
+    """The source lines of a symbol, every definition of it, for showing to people."""
+    lines = source.splitlines()
+    for node in _find(_parse(source), qualname.split(".")):
+        decorators = getattr(node, "decorator_list", [])
+        first = min([node.lineno, *(decorator.lineno for decorator in decorators)])
+        yield from lines[first - 1 : node.end_lineno]
 
 
 def module_file(package_root: Path, module: str) -> Path | None:
@@ -82,7 +93,10 @@ def read_source(path: Path) -> str:
 
 @lru_cache(maxsize=32)
 def _parse(source: str) -> ast.Module:
-    return ast.parse(source)
+    # An invalid escape in the host's source is not ours to report, nor (-W error) to fail on.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(source)
 
 
 def _find(scope: ast.AST, names: list[str]) -> list[ast.stmt]:
@@ -90,7 +104,9 @@ def _find(scope: ast.AST, names: list[str]) -> list[ast.stmt]:
     found = [node for node in _statements(scope) if names[0] in _names(node)]
     if len(names) == 1:
         return found
-    return [deep for node in found if isinstance(node, ast.ClassDef) for deep in _find(node, names[1:])]
+    return [
+        deep for node in found if isinstance(node, ast.ClassDef) for deep in _find(node, names[1:])
+    ]
 
 
 def _statements(scope: ast.AST) -> Iterator[ast.stmt]:
@@ -120,7 +136,7 @@ def _signature(args: ast.arguments) -> str:
     required = len(positional) - len(args.defaults)
     parts = []
     for index, arg in enumerate(positional):
-        default = f"={ast.unparse(args.defaults[index - required])}" if index >= required else ""
+        default = f"={_default(args.defaults[index - required])}" if index >= required else ""
         parts.append(arg.arg + default)
         if index + 1 == len(args.posonlyargs):
             parts.append("/")
@@ -129,10 +145,15 @@ def _signature(args: ast.arguments) -> str:
     elif args.kwonlyargs:
         parts.append("*")
     for arg, value in zip(args.kwonlyargs, args.kw_defaults, strict=True):
-        parts.append(arg.arg + (f"={ast.unparse(value)}" if value is not None else ""))
+        parts.append(arg.arg + (f"={_default(value)}" if value is not None else ""))
     if args.kwarg:
         parts.append(f"**{args.kwarg.arg}")
     return f"({', '.join(parts)})"
+
+
+def _default(value: ast.expr) -> str:
+    # Python 3.10 writes `lambda : x`, and later ones `lambda: x`.
+    return ast.unparse(value).replace("lambda :", "lambda:")
 
 
 def _dump(node: object) -> str:
@@ -144,11 +165,28 @@ def _dump(node: object) -> str:
                 continue
             if name == "body" and isinstance(value, list):
                 value = _without_docstring(node, value)
+            if name == "values" and isinstance(node, ast.JoinedStr):
+                value = _joined(node.values)
             fields.append(f"{name}={_dump(value)}")
         return f"{type(node).__name__}({','.join(fields)})"
     if isinstance(node, list):
         return f"[{','.join(map(_dump, node))}]"
-    return repr(node)
+    # repr() would follow the Unicode tables of the running Python.
+    return ascii(node)
+
+
+def _joined(values: list[ast.expr]) -> list[object]:
+    """The parts of an f-string. Pythons differ in where they split its literal text."""
+    parts: list[object] = []
+    for value in values:
+        text = value.value if isinstance(value, ast.Constant) else None
+        if not isinstance(text, str):
+            parts.append(value)
+        elif parts and isinstance(parts[-1], str):
+            parts[-1] += text
+        elif text:
+            parts.append(text)
+    return parts
 
 
 def _without_docstring(owner: ast.AST, body: list[ast.stmt]) -> list[ast.stmt]:
