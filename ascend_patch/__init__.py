@@ -22,9 +22,9 @@ def status() -> dict[str, Any]:
         The record that this process also writes to its status file: selection, door, host,
         versions, and for each selected patch its state, reason and targets.
     """
-    from ascend_patch import _runtime
+    from ascend_patch._runtime import current
 
-    return _runtime.current().status()
+    return current().status()
 
 
 def revert(patch_id: str) -> None:
@@ -36,9 +36,9 @@ def revert(patch_id: str) -> None:
     Raises:
         KeyError: There is no such patch; the message names the known ones.
     """
-    from ascend_patch import _runtime
+    from ascend_patch._runtime import current
 
-    _runtime.current().revert(patch_id)
+    current().revert(patch_id)
 
 
 def explain(patch_id: str) -> str:
@@ -50,6 +50,6 @@ def explain(patch_id: str) -> str:
     Raises:
         KeyError: There is no such patch; the message names the known ones.
     """
-    from ascend_patch import _explain
+    from ascend_patch._explain import explain_text
 
-    return _explain.explain(patch_id)
+    return explain_text(patch_id)

@@ -54,8 +54,8 @@ class _Loader:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ascend_original, name)
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         # isinstance(spec.loader, SourceFileLoader) must answer as it does without us.
         return type(self._ascend_original)
 
@@ -65,7 +65,7 @@ class _Loader:
 
     def exec_module(self, module: ModuleType) -> None:
         spec = module.__spec__
-        if spec is not None and spec.loader is self:
+        if spec is not None and spec.loader is self:  # type: ignore[comparison-overlap]
             spec.loader = self._ascend_original
         if getattr(module, "__loader__", None) is self:
             module.__loader__ = self._ascend_original
@@ -110,12 +110,12 @@ class Finder:
     def arm(self) -> None:
         """Stand first in sys.meta_path; calling it twice changes nothing."""
         if self not in sys.meta_path:
-            sys.meta_path.insert(0, self)  # type: ignore[arg-type]
+            sys.meta_path.insert(0, self)
 
     def disarm(self) -> None:
         """Leave sys.meta_path; watches are kept for a later `arm`."""
         if self in sys.meta_path:
-            sys.meta_path.remove(self)  # type: ignore[arg-type]
+            sys.meta_path.remove(self)
 
     def watch(self, name: str, watch: Watch) -> bool:
         """Add a watch; a module that has already run is called back at once.
@@ -169,7 +169,7 @@ class Finder:
 
     def _find_behind_us(self, fullname: str, path: Any, target: Any) -> ModuleSpec | None:
         finders = list(sys.meta_path)
-        start = finders.index(self) + 1 if self in finders else 0  # type: ignore[arg-type]
+        start = finders.index(self) + 1 if self in finders else 0
         for finder in finders[start:]:
             find_spec = getattr(finder, "find_spec", None)
             spec: ModuleSpec | None = find_spec(fullname, path, target) if find_spec else None

@@ -70,7 +70,9 @@ class Target:
         if self.seam not in SEAMS:
             raise RegistryError(f"{self.symbol}: seam {self.seam!r} is none of {', '.join(SEAMS)}")
         if (self.seam == "operator") != bool(self.operator):
-            raise RegistryError(f"{self.symbol}: `operator` goes with the operator seam, and only there")
+            raise RegistryError(
+                f"{self.symbol}: `operator` goes with the operator seam, and only there"
+            )
         for text in (self.symbol, self.replacement, *self.context):
             Symbol.parse(text)
 
@@ -115,7 +117,9 @@ class Band:
         if bool(self.targets) == bool(self.retired):
             raise RegistryError(f"band {self.name}: give either targets or why it is retired")
         if self.targets and not self.releases:
-            raise RegistryError(f"band {self.name}: targets need the releases they were written for")
+            raise RegistryError(
+                f"band {self.name}: targets need the releases they were written for"
+            )
 
     @property
     def name(self) -> str:
@@ -157,7 +161,9 @@ class Patch:
 
     def __post_init__(self) -> None:
         if not self.id.isidentifier() or self.id.startswith("patch_") or self.id != self.id.lower():
-            raise RegistryError(f"patch id {self.id!r}: use a lower-case identifier without `patch_`")
+            raise RegistryError(
+                f"patch id {self.id!r}: use a lower-case identifier without `patch_`"
+            )
         for name in ("version", "summary", "why", "upstream", "remove_when"):
             if not getattr(self, name):
                 raise RegistryError(f"patch {self.id}: {name} is empty")

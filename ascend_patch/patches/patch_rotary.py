@@ -22,8 +22,8 @@ PATCH = Patch(
     version="1",
     summary="RoPE from cos_sin_cache and positions, in fp32, for any rotary_dim",
     why=(
-        "Releases round cos and sin products to the model's dtype, or compute sine offsets that are "
-        "wrong where rotary_dim is not a power of two."
+        "Releases round every product to the model's dtype, or read sine values from a wrong "
+        "offset where rotary_dim is not a power of two."
     ),
     upstream="vllm-ascend #5450 (cos_sin_cache and positions) and #5799 (ApplyRotaryEmb)",
     remove_when="the release's own rotary operator passes `ascend-patch verify` on your models",

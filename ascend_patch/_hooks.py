@@ -1,0 +1,115 @@
+"""The shim's own hooks in vLLM: no patch, but what makes patches safe.
+
+The compile-cache key, the variables of Ray workers, and the moment when a model is loaded. Each
+is fail-open: a release without the seam is served without the hook, and `problems` names it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ascend_patch._finder import Finder, Watch
+
+if TYPE_CHECKING:
+    from ascend_patch._runtime import Runtime
+
+ENVS = "vllm.envs"
+MODEL_LOADER = "vllm.model_executor.model_loader"
+RAY_EXECUTORS = ("vllm.v1.executor.ray_executor", "vllm.executor.ray_distributed_executor")
+RAY_EXECUTOR_CLASS = "RayDistributedExecutor"
+DISPATCH = "ascend_patch.kernels.dispatch"
+KEY_VARIABLE = "ASCEND_PATCHES_KEY"
+# What a Ray worker must have when its interpreter starts; vLLM's own copy comes after that.
+CARRIED_PREFIX = "ASCEND_PATCHES"
+
+
+def install(finder: Finder, runtime: Runtime) -> None:
+    """Watch the modules that hold the seams."""
+    finder.watch(ENVS, Watch(after=functools.partial(key_compile_cache, runtime=runtime)))
+    finder.watch(MODEL_LOADER, Watch(after=functools.partial(tell_when_loaded, runtime=runtime)))
+    for module in RAY_EXECUTORS:
+        finder.watch(module, Watch(after=carry_to_ray))
+    finder.watch(DISPATCH, Watch(after=functools.partial(count_kernels, runtime=runtime)))
+
+
+def key_compile_cache(envs: ModuleType, runtime: Runtime) -> None:
+    """Make the planned patches part of vLLM's compile-cache key.
+
+    From 0.11.1 on every entry of `environment_variables` counts; 0.11.0 hashes a fixed list.
+    """
+    if not runtime.digest:
+        return
+    if hasattr(envs, "compile_factors") or not hasattr(envs, "compute_hash"):
+        envs.environment_variables[KEY_VARIABLE] = lambda: runtime.digest
+        return
+    original: Callable[[], str] = envs.compute_hash
+
+    @functools.wraps(original)
+    def compute_hash() -> str:
+        return f"{original()}-{runtime.digest}"
+
+    envs.compute_hash = compute_hash  # type: ignore[attr-defined]
+
+
+def tell_when_loaded(module: ModuleType, runtime: Runtime) -> None:
+    """Call `model_is_loaded` after any loader has built a model."""
+    original: Callable[..., Any] = module.get_model_loader
+
+    @functools.wraps(original)
+    def get_model_loader(*args: Any, **kwargs: Any) -> Any:
+        loader = original(*args, **kwargs)
+        load_model = loader.load_model
+
+        @functools.wraps(load_model)
+        def load_and_tell(*args: Any, **kwargs: Any) -> Any:
+            model = load_model(*args, **kwargs)
+            runtime.model_is_loaded()
+            return model
+
+        loader.load_model = load_and_tell
+        return loader
+
+    module.get_model_loader = get_model_loader  # type: ignore[attr-defined]
+
+
+def carry_to_ray(module: ModuleType) -> None:
+    """Give Ray workers our variables at process start, through the runtime environment."""
+    executor = getattr(module, RAY_EXECUTOR_CLASS)
+    original: Callable[..., Any] = executor._init_workers_ray
+
+    @functools.wraps(original)
+    def _init_workers_ray(self: Any, placement_group: Any, **ray_remote_kwargs: Any) -> Any:
+        environment = ray_remote_kwargs.setdefault("runtime_env", {}).setdefault("env_vars", {})
+        for name, value in carried_variables().items():
+            environment.setdefault(name, value)
+        return original(self, placement_group, **ray_remote_kwargs)
+
+    executor._init_workers_ray = _init_workers_ray
+
+
+def carried_variables() -> dict[str, str]:
+    """Our variables, and PYTHONPATH where the shim itself came from it."""
+    carried = {name: value for name, value in os.environ.items() if name.startswith(CARRIED_PREFIX)}
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    path = os.environ.get("PYTHONPATH", "")
+    if root in path.split(os.pathsep):
+        carried["PYTHONPATH"] = path
+    return carried
+
+
+def count_kernels(dispatch: ModuleType, runtime: Runtime) -> None:
+    """Count the kernels that run, inside compiled graphs too."""
+    counts: dict[str, Callable[[], None]] = {}
+
+    def observe(operator: str) -> None:
+        count = counts.get(operator)
+        if count is None:
+            count = counts[operator] = runtime.state.counters.counter(f"kernel/{operator}")
+            runtime.state.write()
+        count()
+
+    dispatch.set_observer(observe)

@@ -1,0 +1,155 @@
+"""Decides, before anything of the host is imported, what each selected patch will do here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from packaging.specifiers import SpecifierSet
+
+from ascend_patch import __version__, _records
+from ascend_patch._registry import Band, Patch
+from ascend_patch._selection import Selection
+from ascend_patch._versions import Installed
+
+MAX_DIFFERENCES = 3
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one patch will do.
+
+    Attributes:
+        state: `armed` (will apply as its modules are imported), `retired`, `superseded` or
+            `skipped`.
+        reason: Why, as a sentence.
+        band: The band that matched, where one did.
+        releases: The recorded releases whose source is the installed one.
+    """
+
+    patch: Patch
+    state: str
+    reason: str
+    band: Band | None = None
+    releases: tuple[str, ...] = ()
+
+
+def plan(
+    selection: Selection, registry: Mapping[str, Patch], installed: Installed
+) -> dict[str, Decision]:
+    """Decide every selected patch, in the registry's order."""
+    decisions: dict[str, Decision] = {}
+    for name in registry:
+        if name in selection.ids:
+            decision = decide(registry[name], installed)
+            decisions[name] = _with_others(decision, decisions, selection)
+    return decisions
+
+
+def decide(patch: Patch, installed: Installed) -> Decision:
+    """What a patch would do here if it were selected alone."""
+    if not patch.bands:
+        return Decision(
+            patch,
+            "skipped",
+            f"ascend-patch {__version__} has no code for it yet; it only records its sources",
+        )
+    bands = [band for band in patch.bands if band.host == installed.host]
+    host = f"{installed.host} {installed.host_version}"
+    if not bands:
+        others = ", ".join(sorted({band.host for band in patch.bands}))
+        return Decision(
+            patch,
+            "superseded",
+            f"{installed.host} is the active host and this patch has targets in {others} only",
+        )
+    final = installed.final_version()
+    if final is not None:
+        bands = [b for b in bands if not b.versions or SpecifierSet(b.versions).contains(final)]
+        if not bands:
+            known = ", ".join(
+                b.versions for b in patch.bands if b.host == installed.host and b.versions
+            )
+            return Decision(
+                patch, "skipped", f"{host} is outside of the releases it is written for ({known})"
+            )
+    for band in bands:
+        if band.retired and final is not None:
+            return Decision(patch, "retired", band.retired, band)
+    root = installed.roots.get(installed.host)
+    if root is None:
+        return Decision(
+            patch, "skipped", f"the sources of {host} were not found, so it cannot be recognised"
+        )
+    differences: tuple[str, ...] = ()
+    for band in bands:
+        if not band.targets:
+            continue
+        symbols = tuple({symbol: None for target in band.targets for symbol in target.symbols})
+        match = _records.match(band.host, root, symbols, band.releases)
+        if match:
+            return Decision(
+                patch,
+                "armed",
+                f"the source is that of {band.host} {match.agreeing[-1]}",
+                band,
+                match.agreeing,
+            )
+        if not differences or len(match.differences) < len(differences):
+            differences = match.differences
+    shown = "; ".join(differences[:MAX_DIFFERENCES])
+    more = (
+        f"; and {len(differences) - MAX_DIFFERENCES} more"
+        if len(differences) > MAX_DIFFERENCES
+        else ""
+    )
+    return Decision(
+        patch, "skipped", f"the source of {host} is none that it was written for: {shown}{more}"
+    )
+
+
+def digest(decisions: Mapping[str, Decision], device: str) -> str:
+    """A digest of everything that changes what a compiled graph computes; empty if nothing does.
+
+    It is that of the planned patches and not of the applied ones: modules are imported lazily,
+    and every rank must come to the same answer.
+    """
+    planned = [
+        (name, d.patch.version, d.band.name, d.releases)
+        for name, d in sorted(decisions.items())
+        if d.state == "armed" and d.band is not None
+    ]
+    if not planned:
+        return ""
+    text = json.dumps([__version__, device, planned])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _with_others(
+    decision: Decision, earlier: Mapping[str, Decision], selection: Selection
+) -> Decision:
+    if decision.state != "armed":
+        return decision
+    for name in decision.patch.requires:
+        if name not in selection.ids:
+            return replace(
+                decision, state="skipped", reason=f"it needs patch {name}, which is not selected"
+            )
+        if earlier[name].state not in ("armed", "retired"):
+            return replace(
+                decision,
+                state="skipped",
+                reason=f"it needs patch {name}, which is {earlier[name].state}",
+            )
+    for name, other in earlier.items():
+        if other.state == "armed" and (
+            name in decision.patch.conflicts or decision.patch.id in other.patch.conflicts
+        ):
+            return replace(
+                decision,
+                state="skipped",
+                reason=f"it conflicts with patch {name}, which comes first",
+            )
+    return decision

@@ -1,0 +1,223 @@
+"""The shim in a process that imports vLLM: decides, arms, and keeps the record.
+
+It begins right before the code of `vllm` (or of `vllm_ascend`) runs for the first time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ascend_patch import __version__, _bootstrap
+from ascend_patch._finder import Finder
+from ascend_patch._state import UNAPPLIED, PatchState, ProcessState
+
+if TYPE_CHECKING:
+    from ascend_patch._apply import Applier
+    from ascend_patch._plan import Decision
+    from ascend_patch._registry import Patch
+
+STRICT_VARIABLE = "ASCEND_PATCHES_STRICT"
+DEPENDENCIES = ("wrapt", "packaging")
+
+
+class Refusal(SystemExit):
+    """vLLM must not start: the user asked for something that cannot be had, and to be told.
+
+    A SystemExit, so that one sentence is printed and the process ends with status 1.
+    """
+
+    ascend_patch_fatal = True
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(f"ascend-patch: {sentence}")
+
+
+class Runtime:
+    """One per process; see `current`."""
+
+    def __init__(self) -> None:
+        self.state = ProcessState()
+        self.decisions: Mapping[str, Decision] = {}
+        self.digest = ""
+        self._lock = threading.RLock()
+        self._begun = False
+        self._applier: Applier | None = None
+
+    def begin(self, finder: Finder) -> None:
+        """Decide and arm; only the first call of a process does anything.
+
+        Raises:
+            Refusal: ASCEND_PATCHES cannot be understood, or ASCEND_PATCHES_STRICT=1 and a
+                selected patch cannot be applied.
+        """
+        with self._lock:
+            if self._begun:
+                return
+            self._begun = True
+            self.state.open_files()
+            os.register_at_fork(after_in_child=self._after_fork)
+            try:
+                self._decide_and_arm(finder)
+            except Refusal as refusal:
+                self.state.problems.append(str(refusal))
+                raise
+            finally:
+                self.state.write()
+            self._announce()
+
+    def _decide_and_arm(self, finder: Finder) -> None:
+        missing = [name for name in DEPENDENCIES if not _importable(name)]
+        if missing:
+            self._without_dependencies(" and ".join(missing))
+            return
+        from ascend_patch import _hooks, _plan, _registry, _selection, _versions
+        from ascend_patch._apply import Applier
+
+        registry = _registry.load()
+        try:
+            selection = _selection.parse(
+                os.environ.get(_selection.VARIABLE, ""),
+                tuple(registry),
+                tuple(name for name, patch in registry.items() if patch.available),
+            )
+            installed = _versions.find()
+        except (_selection.SelectionError, _versions.DeviceError) as error:
+            raise Refusal(str(error)) from None
+        self.state.facts.update(
+            selection=os.environ.get(_selection.VARIABLE, ""),
+            host=installed.host,
+            host_reason=installed.host_reason,
+            versions=dict(installed.versions),
+            device=installed.device,
+            device_reason=installed.device_reason,
+        )
+        self.decisions = _plan.plan(selection, registry, installed)
+        self.digest = _plan.digest(self.decisions, installed.device)
+        for name, decision in self.decisions.items():
+            self.state.patches[name] = PatchState(
+                name,
+                decision.patch.version,
+                decision.state,
+                decision.reason,
+                by_name=name in selection.by_name,
+            )
+        self._refuse_if_strict()
+        self._applier = Applier(self.state, finder)
+        _hooks.install(finder, self)
+        self._applier.arm(self.decisions)
+
+    def _without_dependencies(self, names: str) -> None:
+        reason = (
+            f"{names} is missing; `pip install {names.replace(' and ', ' ')}`; vLLM runs as it was"
+        )
+        self.state.patches["all"] = PatchState("all", __version__, "failed", reason)
+        _bootstrap.complain(reason)
+        self._refuse_if_strict()
+
+    def _refuse_if_strict(self) -> None:
+        if os.environ.get(STRICT_VARIABLE, "").strip() not in ("1", "true", "yes", "on"):
+            return
+        wrong = [p for p in self.state.patches.values() if p.state in UNAPPLIED]
+        if wrong:
+            reasons = "; ".join(
+                f"patch {patch.id} is {patch.state}: {patch.reason}" for patch in wrong
+            )
+            raise Refusal(f"{STRICT_VARIABLE}=1 and {reasons}")
+
+    def model_is_loaded(self) -> None:
+        """Look again at what was installed; with STRICT, refuse what failed since.
+
+        Raises:
+            Refusal: ASCEND_PATCHES_STRICT=1 and a patch failed while its modules were imported.
+        """
+        with self._lock:
+            if self._applier is not None:
+                for change in self._applier.check():
+                    _bootstrap.complain(change)
+            self.state.facts["model_loaded"] = True
+            self.state.write()
+            self._refuse_if_strict()
+
+    def revert(self, patch_id: str) -> None:
+        """Take a patch back in this process."""
+        with self._lock:
+            name = self._known(patch_id)
+            if self._applier is not None and name in self.state.patches:
+                self._applier.revert(name)
+
+    def apply(self, patch_id: str) -> None:
+        """Apply a reverted patch again."""
+        with self._lock:
+            name = self._known(patch_id)
+            if self._applier is not None and name in self.state.patches:
+                self._applier.apply_again(name, sys.modules)
+
+    def status(self) -> dict[str, Any]:
+        """The record of this process as plain data."""
+        with self._lock:
+            if self._applier is not None:
+                self._applier.check()
+            return self.state.snapshot()
+
+    def _known(self, patch_id: str) -> str:
+        from ascend_patch import _registry, _selection
+
+        name = _selection.canonical_id(patch_id)
+        registry: Mapping[str, Patch] = _registry.load()
+        if name not in registry:
+            raise KeyError(f"there is no patch {patch_id!r}; there are {', '.join(registry)}")
+        return name
+
+    def _announce(self) -> None:
+        for patch in self.state.patches.values():
+            if patch.by_name and patch.state in (*UNAPPLIED, "superseded"):
+                _bootstrap.complain(
+                    f"WARNING: patch {patch.id} was asked for and is {patch.state}: {patch.reason}"
+                )
+        if self.state.begins_run and self.state.facts:
+            facts = self.state.facts
+            found = ", ".join(f"{p.id} {p.state}" for p in self.state.patches.values())
+            version = facts["versions"].get(facts["host"], "unknown")
+            _bootstrap.complain(
+                f"{__version__}, host {facts['host']} {version}, device {facts['device']} "
+                f"({facts['device_reason']}): {found or 'no patch selected'}"
+            )
+
+    def _after_fork(self) -> None:
+        # Another thread may have held the lock when the process forked.
+        self._lock = threading.RLock()
+        self.state.after_fork()
+
+
+_current = Runtime()
+
+
+def current() -> Runtime:
+    """The runtime of this process."""
+    return _current
+
+
+def begin(_spec: object) -> None:
+    """Called by the finder when a host is about to be imported, or was found imported."""
+    finder = _bootstrap.finder()
+    if finder is not None:
+        _current.begin(finder)
+
+
+def record_internal_error(module: str, error: BaseException) -> None:
+    """Keep what a finder callback swallowed, so that `status` shows it."""
+    _current.state.problems.append(f"while {module} was imported: {type(error).__name__}: {error}")
+    _current.state.write()
+
+
+def _importable(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True

@@ -1,0 +1,133 @@
+"""What happened in this process, and the status file that says so to others.
+
+States of a patch: `off` (not selected), `armed` (waits for its modules), `applied`, `retired`
+(this release needs it no more), `superseded` (another host is active), `skipped` (why), `failed`
+(why; rolled back), `reverted` (taken back on request).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ascend_patch import __version__, _bootstrap, _rundir
+from ascend_patch._calls import Counters
+
+UNAPPLIED = ("skipped", "failed")
+
+
+@dataclass
+class TargetState:
+    """One target: `armed`, `applied`, `reverted` or `failed`, and why."""
+
+    id: str
+    seam: str
+    state: str
+    reason: str = ""
+    calls: int = 0
+
+
+@dataclass
+class PatchState:
+    """One patch, its state as a sentence, and its targets in this process."""
+
+    id: str
+    version: str
+    state: str
+    reason: str
+    by_name: bool = False
+    targets: list[TargetState] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def target(self, name: str) -> TargetState:
+        """The target with this id."""
+        return next(target for target in self.targets if target.id == name)
+
+
+class ProcessState:
+    """Everything that `status` shows of one process."""
+
+    def __init__(self) -> None:
+        self.patches: dict[str, PatchState] = {}
+        self.facts: dict[str, Any] = {}
+        self.problems: list[str] = []
+        self.counters = Counters()
+        self.begins_run = False
+        self._directory: Path | None = None
+        self._started = time.time()
+
+    def open_files(self) -> None:
+        """Make this process's files; where that fails vLLM runs on and `problems` says why."""
+        try:
+            self._directory, self.begins_run = _rundir.enter()
+            self.counters.share(self._directory / f"{_rundir.file_stem()}.calls")
+        except OSError as error:
+            self._directory = None
+            self._problem(f"no status file: {error}")
+
+    def after_fork(self) -> None:
+        """A forked child writes files of its own and counts its own calls."""
+        self.counters.reset()
+        self._started = time.time()
+        if self._directory is not None:
+            self.open_files()
+            self.write()
+
+    def snapshot(self) -> dict[str, Any]:
+        """The record as plain data."""
+        for patch in self.patches.values():
+            for target in patch.targets:
+                target.calls = self.counters.value(f"{patch.id}/{target.id}")
+        kernels = [name for name in self.counters.names if name.startswith("kernel/")]
+        return {
+            "ascend_patch": __version__,
+            "pid": os.getpid(),
+            "parent": os.getppid(),
+            "role": role(),
+            "command": " ".join(" ".join(sys.orig_argv).split())[:500],
+            "started": self._started,
+            "door": _bootstrap.doors[0] if _bootstrap.doors else "none",
+            **self.facts,
+            "problems": list(self.problems),
+            "patches": [asdict(patch) for patch in self.patches.values()],
+            "kernels": {
+                name.removeprefix("kernel/"): self.counters.value(name) for name in kernels
+            },
+            "counters": list(self.counters.names),
+        }
+
+    def write(self) -> None:
+        """Write the status file; a reader sees the old one or the new one, never half of one."""
+        if self._directory is None:
+            return
+        path = self._directory / f"{_rundir.file_stem()}.json"
+        temporary = path.with_suffix(".tmp")
+        try:
+            temporary.write_text(json.dumps(self.snapshot(), indent=1), encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            self._directory = None
+            self._problem(f"no status file: {error}")
+
+    def _problem(self, what: str) -> None:
+        if what not in self.problems:
+            self.problems.append(what)
+            _bootstrap.complain(what)
+
+
+def role() -> str:
+    """What vLLM calls this process: `EngineCore`, `VllmWorker-0`, or `front end`."""
+    process = sys.modules.get("multiprocessing.process")
+    name: str = process.current_process().name if process is not None else "MainProcess"
+    if name == "MainProcess":
+        return (
+            "ray worker"
+            if "ray" in sys.modules and "default_worker.py" in sys.argv[0]
+            else "front end"
+        )
+    return name
