@@ -1,0 +1,264 @@
+"""Looks for what is wrong with an installation: the door, the host, and strangers in the house."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from ascend_patch import __version__, _plan, _registry, _rundir, _selection, _versions
+from ascend_patch._versions import Installed
+
+TESTED_PYTHONS = ((3, 10), (3, 12))
+PROBE_SECONDS = 300
+ENTRY_POINT = "ascend_patch"
+# Others that change vLLM or torch at run time, by distribution, and what to know about them.
+SHIMS = {
+    "ddtrace": "wraps vLLM's engine and imports; host seams of both stack",
+    "opentelemetry-distro": "has a sitecustomize of its own that runs no other",
+    "newrelic": "has a sitecustomize of its own",
+    "liger-kernel": "replaces functions of transformers, and on an NPU some of vLLM's",
+    "kvcached": "patches vLLM's KV cache through a .pth file",
+    "uc-manager": "patches vLLM through a .pth file",
+    "arctic-inference": "replaces methods of vLLM's classes",
+    "mindspeed": "replaces functions of torch and megatron by name",
+}
+# Imported rather than installed: seen in a process only.
+SHIM_MODULES = ("torch_npu.contrib.transfer_to_npu", "ddtrace", "opentelemetry.instrumentation",
+                "liger_kernel", "kvcached", "mindspeed", "vllm_ascend.patch.platform",
+                "vllm_ascend.patch.worker")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: `ok`, `note` or `wrong`, about what, and a sentence."""
+
+    level: str
+    about: str
+    text: str
+
+
+def examine(*, quick: bool = False) -> list[Finding]:
+    """Look at everything.
+
+    Args:
+        quick: Leave out the process that imports vLLM, which takes some ten seconds.
+    """
+    try:
+        installed = _versions.find()
+    except _versions.DeviceError as error:
+        return [*_interpreter(), Finding("wrong", "device", str(error))]
+    findings = [
+        *_interpreter(),
+        *_dependencies(),
+        *_selected(),
+        *_door(),
+        *_sitecustomizes(),
+        *_copies(),
+        *_host(installed),
+        *_patches(installed),
+        *_shims(),
+        *_directory(),
+    ]
+    if not quick and "vllm" in installed.roots:
+        findings.extend(_applied(installed))
+    return findings
+
+
+def _interpreter() -> Iterator[Finding]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    low, high = TESTED_PYTHONS
+    tested = low <= sys.version_info[:2] <= high
+    extra = "" if tested else f"; tested are {low[0]}.{low[1]} to {high[0]}.{high[1]}"
+    yield Finding("ok" if tested else "note", "python", f"{version} at {sys.executable}{extra}")
+    yield Finding("ok", "ascend-patch", f"{__version__} at {Path(__file__).parent}")
+
+
+def _dependencies() -> Iterator[Finding]:
+    for name in ("wrapt", "packaging"):
+        if importlib.util.find_spec(name) is None:
+            yield Finding(
+                "wrong", name, f"it is missing, so nothing is patched; pip install {name}"
+            )
+
+
+def _selected() -> Iterator[Finding]:
+    value = os.environ.get(_selection.VARIABLE)
+    if _selection.is_off(value):
+        yield Finding("note", _selection.VARIABLE, "unset or off: vLLM would run unpatched")
+        return
+    registry = _registry.load()
+    in_all = tuple(patch.id for patch in registry.values() if patch.available)
+    try:
+        chosen = _selection.parse(value or "", tuple(registry), in_all)
+    except _selection.SelectionError as error:
+        yield Finding("wrong", _selection.VARIABLE, str(error))
+        return
+    yield Finding("ok", _selection.VARIABLE, f"{value}: {', '.join(chosen.ids) or 'no patch'}")
+
+
+def _door() -> Iterator[Finding]:
+    """Ask a fresh process: nothing else tells what Python does at start-up."""
+    code = (
+        "import sys, json; m = sys.modules.get('ascend_patch._bootstrap'); "
+        "print(json.dumps([m.doors, m.__file__] if m else None))"
+    )
+    environment = {**os.environ, _selection.VARIABLE: "all"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+    except (OSError, ValueError, IndexError, subprocess.TimeoutExpired) as error:
+        yield Finding("wrong", "door", f"a fresh Python could not be asked ({error})")
+        return
+    if found is None:
+        yield Finding(
+            "wrong",
+            "door",
+            "closed: a fresh Python does not load the shim. Install ascend-patch into this "
+            "environment, or put its checkout on PYTHONPATH, or use `ascend-patch run -- CMD`",
+        )
+        return
+    doors, file = found
+    yield Finding("ok", "door", f"open, by {' and '.join(doors)}, from {Path(file).parent}")
+
+
+def _sitecustomizes() -> Iterator[Finding]:
+    ours = []
+    found = []
+    for entry in dict.fromkeys(os.path.abspath(entry or os.curdir) for entry in sys.path):
+        for path in (Path(entry, "sitecustomize.py"), Path(entry, "sitecustomize", "__init__.py")):
+            if path.is_file():
+                found.append(str(path))
+                if "ascend_patch" in path.read_text(encoding="utf-8", errors="replace"):
+                    ours.append(str(path))
+    if not found:
+        yield Finding("note", "sitecustomize", "none on sys.path (an editable install maps it)")
+        return
+    chain = " -> ".join(found)
+    if ours and found[0] not in ours:
+        yield Finding(
+            "note",
+            "sitecustomize",
+            f"{found[0]} shadows ours; the .pth file beside an installed shim opens the door. "
+            f"In order: {chain}",
+        )
+    elif len(ours) > 1:
+        yield Finding("note", "sitecustomize", f"ours is there {len(ours)} times: {chain}")
+    else:
+        yield Finding("ok", "sitecustomize", chain)
+
+
+def _copies() -> Iterator[Finding]:
+    """Two copies on sys.path: which of them runs depends on the order."""
+    here = Path(__file__).resolve().parent
+    others = [
+        path
+        for entry in dict.fromkeys(sys.path)
+        if (path := Path(entry or os.curdir, "ascend_patch").resolve()) != here
+        and (path / "_bootstrap.py").is_file()
+    ]
+    for path in others:
+        yield Finding(
+            "note", "ascend-patch", f"another copy lies at {path}; {here} is the one used"
+        )
+
+
+def _host(installed: Installed) -> Iterator[Finding]:
+    for host in _registry.HOSTS:
+        if host in installed.roots:
+            version = installed.versions.get(host, "of unknown version")
+            yield Finding("ok", host, f"{version} in {installed.roots[host]}")
+    if "vllm" not in installed.roots:
+        yield Finding("wrong", "vllm", "it is not installed in this environment")
+        return
+    yield Finding("ok", "host", f"{installed.host}: {installed.host_reason}")
+    yield Finding("ok", "device", f"{installed.device}: {installed.device_reason}")
+    if installed.host == "vllm" and "vllm_ascend" in installed.roots:
+        yield Finding("note", "host", "vllm_ascend is installed, but its platform is not active")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and ENTRY_POINT not in allowed.split(","):
+        yield Finding("note", "late door", f"VLLM_PLUGINS={allowed} closes it; the others suffice")
+
+
+def _patches(installed: Installed) -> Iterator[Finding]:
+    for patch in _registry.load().values():
+        decision = _plan.decide(patch, installed)
+        level = "note" if decision.state == "skipped" else "ok"
+        yield Finding(level, patch.id, f"{decision.state}: {decision.reason}")
+
+
+def _shims() -> Iterator[Finding]:
+    for name, what in SHIMS.items():
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        yield Finding("note", name, f"{version} is installed: it {what}")
+
+
+def _directory() -> Iterator[Finding]:
+    root = _rundir.base()
+    parent = next(path for path in (root, *root.parents) if path.exists())
+    if os.access(parent, os.W_OK | os.X_OK):
+        yield Finding("ok", "status files", str(root))
+    else:
+        yield Finding(
+            "wrong",
+            "status files",
+            f"{root} cannot be written; set {_rundir.DIRECTORY_VARIABLE} to a directory of yours",
+        )
+
+
+def _applied(installed: Installed) -> Iterator[Finding]:
+    """Import the targets' modules in a process of its own, as a server would, and look."""
+    registry = _registry.load()
+    decisions = [_plan.decide(patch, installed) for patch in registry.values()]
+    modules = sorted(
+        {t.module for d in decisions if d.state == "armed" and d.band for t in d.band.targets}
+    )
+    if not modules:
+        return
+    code = (
+        "import importlib, json, sys, ascend_patch\n"
+        f"for name in {modules!r}: importlib.import_module(name)\n"
+        "found = ascend_patch.status()\n"
+        f"found['shims'] = [name for name in {SHIM_MODULES!r} if name in sys.modules]\n"
+        "print('\\n' + json.dumps(found))\n"
+    )
+    value = os.environ.get(_selection.VARIABLE)
+    environment = {**os.environ, _selection.VARIABLE: "all" if _selection.is_off(value) else value}
+    environment.pop(_rundir.RUN_VARIABLE, None)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={name: text for name, text in environment.items() if text is not None},
+            capture_output=True,
+            text=True,
+            timeout=PROBE_SECONDS,
+        )
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+    except (OSError, ValueError, IndexError, subprocess.TimeoutExpired) as error:
+        yield Finding("wrong", "import", f"vLLM's modules could not be imported ({error})")
+        return
+    for patch in found["patches"]:
+        level = "wrong" if patch["state"] == "failed" else "ok"
+        yield Finding(level, patch["id"], f"in a process of its own: {patch['state']}")
+        for target in patch["targets"]:
+            if target["reason"]:
+                yield Finding("note", patch["id"], f"{target['id']}: {target['reason']}")
+    for problem in found["problems"]:
+        yield Finding("wrong", "import", problem)
+    if found["shims"]:
+        yield Finding("note", "shims", f"in that process: {', '.join(found['shims'])}")

@@ -1,0 +1,178 @@
+"""`ascend-patch`: what there is, what happened, why, and whether something is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from ascend_patch import __version__
+
+COLUMNS = 100
+COLOURS = {
+    "applied": "32",
+    "armed": "36",
+    "ok": "32",
+    "failed": "31",
+    "wrong": "31",
+    "skipped": "33",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The arguments; `sys.argv[1:]` by default.
+
+    Returns:
+        The exit status: 0 if all is well, 1 if something is wrong, 2 for a wrong command line.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.command(arguments)
+    except BrokenPipeError:
+        # The reader, `head` for example, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ascend-patch", description="Patches for an installed vLLM on Ascend NPUs."
+    )
+    parser.add_argument("--version", action="version", version=f"ascend-patch {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, function, text in (
+        ("list", _list, "all patches: what they do, for which releases, and their state here"),
+        ("status", _status, "each patch in each process of the running server"),
+        ("explain", _explain, "why a patch would apply here or not, target by target"),
+        ("doctor", _doctor, "is anything wrong with this installation? exit status 1 if so"),
+        ("verify", _verify, "run the kernels' cases on the device that is here"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--json", action="store_true", help="print JSON")
+        command.set_defaults(command=function)
+        if name == "explain":
+            command.add_argument("patch", metavar="ID", help="for example: rotary")
+        if name == "status":
+            command.add_argument("--all", action="store_true", help="ended runs too")
+        if name == "doctor":
+            command.add_argument(
+                "--quick", action="store_true", help="do not import vLLM in a process of its own"
+            )
+    run = commands.add_parser(
+        "run",
+        help="start a command with the door open, installed or not",
+        description="Start a command whose Python processes are patched: ascend-patch run -- CMD",
+    )
+    run.add_argument("--json", action="store_true", help="print JSON if the command cannot start")
+    run.add_argument("words", nargs=argparse.REMAINDER, metavar="-- CMD", help="the command")
+    run.set_defaults(command=_run)
+    return parser
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from ascend_patch import _explain
+
+    rows = _explain.catalogue()
+    if arguments.json:
+        return _print_json({"patches": rows})
+    for row in rows:
+        print(f"{row['id']:<18} {_colour(row['state']):<11} {row['summary']}")
+        for text in (row["applies_to"], row["reason"]):
+            print(textwrap.fill(text, COLUMNS, initial_indent=" " * 30, subsequent_indent=" " * 30))
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from ascend_patch import _rundir, _status
+
+    runs = _status.runs()
+    if arguments.json:
+        return _print_json({"runs": runs})
+    if not runs:
+        print(
+            f"No vLLM was started with ASCEND_PATCHES set, or its status directory is another one "
+            f"(looked in {_rundir.base()})."
+        )
+        return 1
+    alive = [run for run in runs if run["alive"]]
+    for run in runs if arguments.all else alive or runs[:1]:
+        for line in _status.as_text(run):
+            print(line)
+        print()
+    return 0
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from ascend_patch import _explain
+
+    try:
+        found = _explain.explain(arguments.patch)
+    except KeyError as error:
+        return _complain(str(error.args[0]), arguments.json)
+    if arguments.json:
+        return _print_json(found)
+    print(_explain.explain_text(arguments.patch))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from ascend_patch import _doctor
+
+    findings = _doctor.examine(quick=arguments.quick)
+    wrong = any(finding.level == "wrong" for finding in findings)
+    if arguments.json:
+        _print_json({"findings": [vars(finding) for finding in findings], "ok": not wrong})
+        return int(wrong)
+    for finding in findings:
+        head = f"{_colour(finding.level)} {' ' * (5 - len(finding.level))} {finding.about:<16} "
+        lines = textwrap.wrap(finding.text, COLUMNS - 24) or [""]
+        print(head + ("\n" + " " * 24).join(lines))
+    print("\nsomething is wrong: see above" if wrong else "\nnothing is wrong")
+    return int(wrong)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    return _complain(
+        "verify has nothing to compare yet: this version bundles the torch reference only, "
+        "and no kernel for a device",
+        arguments.json,
+    )
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from ascend_patch import _run
+
+    words = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
+    try:
+        return _run.run(words)
+    except _run.RunError as error:
+        return _complain(str(error), arguments.json)
+
+
+def _print_json(value: Any) -> int:
+    json.dump(value, sys.stdout, indent=1)
+    print()
+    return 0
+
+
+def _complain(sentence: str, as_json: bool) -> int:
+    if as_json:
+        _print_json({"error": sentence})
+    else:
+        print(f"ascend-patch: {sentence}", file=sys.stderr)
+    return 1
+
+
+def _colour(word: str) -> str:
+    code = COLOURS.get(word)
+    if code is None or not sys.stdout.isatty() or "NO_COLOR" in os.environ:
+        return word
+    return f"\033[{code}m{word}\033[0m"
