@@ -1,11 +1,12 @@
 """The calls that tests and benchmarks of kernels/rope share.
 
-Dtypes are names, and torch is imported only to make inputs, so that tools can list cases anywhere.
+A case is plain data, dtypes are names: it prints as a test id and makes its inputs on any device.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -87,45 +88,51 @@ HEAD_COUNTS = ((1, 1), (12, 1), (32, 8), (64, 4), (64, 64), (12, None))
 TOKENS = (0, 1, 7, 257)
 POSITIONS = ("random", "repeated", "sorted", "maximal")
 
-# Sections with the head size that goes with them; [16, 24, 24] is Qwen2-VL's, [24, 20, 20] Qwen3-VL's
-# and the last a partial rotary (GLM-4.1V: 64 of 128).
+# (section, head_size, rotary_dim): Qwen2-VL's, Qwen3-VL's, and a partial rotary as in GLM-4.1V. In
+# those height and width are equal; the last one tells the two apart.
 MROPE = (
     ((16, 24, 24), 128, 128),
     ((24, 20, 20), 128, 128),
     ((8, 12, 12), 128, 64),
+    ((25, 16, 7), 96, 96),
 )
 
 
 def correctness_cases() -> list[RopeCase]:
-    """Style x dtype x head in full; the other axes take turns, so that each value is met often."""
-    cases = []
-    for style in STYLES:
-        for d, dtype in enumerate(DTYPES):
-            for h, (head_size, rotary_dim) in enumerate(HEADS):
-                # Cycles of different lengths that drift against each other.
-                n = h + 5 * d + (0 if style else 3)
-                query_heads, key_heads = HEAD_COUNTS[n % len(HEAD_COUNTS)]
-                cases.append(
-                    RopeCase(
-                        tokens=TOKENS[(n + n // 6) % len(TOKENS)],
-                        query_heads=query_heads,
-                        key_heads=key_heads,
-                        head_size=head_size,
-                        rotary_dim=rotary_dim,
-                        is_neox_style=style,
-                        dtype=dtype,
-                        cache_dtype=(dtype, "float32", "bfloat16")[n % 3],
-                        positions=POSITIONS[(n // 2) % len(POSITIONS)],
-                        positions_dtype=("int64", "int32")[(n // 3) % 2],
-                        from_qkv=n % 5 < 3,
-                    )
-                )
+    """Style x dtype x head size in full, twice; the other axes take turns.
+
+    Layouts (head counts, strides, tokens) are met in every combination, and so are angles (cache
+    dtype, kind and dtype of positions); which meets which drifts from round to round.
+    """
+    calls = [*product(STYLES, DTYPES, HEADS)] * 2
+    layouts = [*product(HEAD_COUNTS, (True, False), TOKENS)]
+    angles = [*product(("bfloat16", "float32", None), POSITIONS, ("int64", "int32"))]
+    cases: list[RopeCase] = []
+    for n, (style, dtype, (head_size, rotary_dim)) in enumerate(calls):
+        # Strides without a common factor with the lengths: consecutive cases differ in each axis.
+        (query_heads, key_heads), from_qkv, tokens = layouts[n * 29 % len(layouts)]
+        cache_dtype, positions, integer = angles[(n * 7 + n // len(layouts)) % len(angles)]
+        cases.append(
+            RopeCase(
+                tokens=tokens,
+                query_heads=query_heads,
+                key_heads=key_heads,
+                head_size=head_size,
+                rotary_dim=rotary_dim,
+                is_neox_style=style,
+                dtype=dtype,
+                cache_dtype=cache_dtype or dtype,
+                positions=positions,
+                positions_dtype=integer,
+                from_qkv=from_qkv,
+            )
+        )
     return cases
 
 
 def mrope_cases() -> list[RopeCase]:
     """Sections x chunked or interleaved x style x image or text positions."""
-    cases = []
+    cases: list[RopeCase] = []
     for section, head_size, rotary_dim in MROPE:
         for interleaved in (False, True):
             for style in STYLES:
@@ -162,7 +169,7 @@ def large_cases() -> list[RopeCase]:
 
 def serving_cases() -> list[RopeCase]:
     """What models ask for, at a decode batch and at a prefill chunk: the benchmark's table."""
-    cases = []
+    cases: list[RopeCase] = []
     for tokens in (1, 64, 4096):
         shared: dict[str, Any] = {
             "tokens": tokens,
@@ -240,7 +247,8 @@ def make_inputs(
     key_width = (case.key_heads or 0) * case.head_size
     qkv = torch.randn(case.tokens, query_width + 2 * key_width, generator=generator)
     qkv = qkv.to(device, dtype)
-    query, key, _ = qkv.split([query_width, key_width, key_width], dim=1)
+    query = qkv[:, :query_width]
+    key = qkv[:, query_width : query_width + key_width]
     if not case.from_qkv:
         query, key = query.contiguous(), key.contiguous()
     positions = _make_positions(case, generator).to(device)

@@ -1,0 +1,34 @@
+"""Fixtures of the kernel tests: a fresh seed that a failure prints, and poisoned allocations."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+
+import pytest
+
+# Two cores are shared by everything else; intra-op threads only add noise to sizes like these.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def seed() -> int:
+    """A new seed each time; ASCEND_PATCH_SEED repeats the one that a failure printed."""
+    chosen = os.environ.get("ASCEND_PATCH_SEED")
+    value = int(chosen) if chosen else secrets.randbelow(2**31)
+    print(f"repeat with ASCEND_PATCH_SEED={value}")
+    return value
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Have torch fill fresh memory with NaN, so that an element nobody wrote is seen."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    before = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
