@@ -16,10 +16,13 @@ from functools import lru_cache
 from pathlib import Path
 
 DIGEST_CHARACTERS = 16
+MODULE = "<module>"
 # Presentation, context that follows from the rest, or fields that only newer Pythons have.
 IGNORED_FIELDS = frozenset(
     {"annotation", "ctx", "kind", "returns", "simple", "type_comment", "type_params"}
 )
+_DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_NAMES = (*_DEFINITIONS, ast.Import, ast.ImportFrom)
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,9 @@ def of_symbol(package_root: Path, module: str, qualname: str) -> Fingerprint | N
     Args:
         package_root: The folder that holds the top-level package.
         module: Dotted name, for example `vllm.model_executor.layers.rotary_embedding.base`.
-        qualname: `Class.method`, `Class`, or the name of a function or of an assignment.
+        qualname: `Class.method`, `Class`, the name of a function or of an assignment, or
+            `<module>`: what importing the module runs besides imports and definitions, such as
+            the registrations of operators and the assignments into other modules.
 
     Raises:
         SyntaxError: The module's file is not Python of this interpreter's grammar.
@@ -54,7 +59,7 @@ def of_symbol(package_root: Path, module: str, qualname: str) -> Fingerprint | N
 
 def of_source(source: str, qualname: str) -> Fingerprint | None:
     """The fingerprint of `qualname` in a module's source text, or None if it is not there."""
-    nodes = _find(_parse(source), qualname.split("."))
+    nodes = _nodes(source, qualname)
     if not nodes:
         return None
     text = "\n".join(_dump(node) for node in nodes)
@@ -68,7 +73,7 @@ def of_source(source: str, qualname: str) -> Fingerprint | None:
 def text_of(source: str, qualname: str) -> Iterator[str]:
     """The source lines of a symbol, every definition of it, for showing to people."""
     lines = source.splitlines()
-    for node in _find(_parse(source), qualname.split(".")):
+    for node in _nodes(source, qualname):
         decorators = getattr(node, "decorator_list", [])
         first = min([node.lineno, *(decorator.lineno for decorator in decorators)])
         yield from lines[first - 1 : node.end_lineno]
@@ -97,6 +102,15 @@ def _parse(source: str) -> ast.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return ast.parse(source)
+
+
+def _nodes(source: str, qualname: str) -> list[ast.stmt]:
+    tree = _parse(source)
+    if qualname == MODULE:
+        return [
+            node for node in _without_docstring(tree, tree.body) if not isinstance(node, _NAMES)
+        ]
+    return _find(tree, qualname.split("."))
 
 
 def _find(scope: ast.AST, names: list[str]) -> list[ast.stmt]:

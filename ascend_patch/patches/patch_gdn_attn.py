@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ascend_patch._registry import Patch
+from ascend_patch.patches import _watch, _watch_ascend
 
 PATCH = Patch(
     id="gdn_attn",
@@ -11,8 +12,5 @@ PATCH = Patch(
     why="Chunk metadata is derived on the device, with three synchronisations a call.",
     upstream="vllm-ascend #7487",
     remove_when="no release in use needs it",
-    watch={
-        "vllm": (),
-        "vllm_ascend": (),
-    },
+    watch={"vllm": _watch.GDN_ATTN, "vllm_ascend": _watch_ascend.GDN_ATTN},
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ascend_patch._registry import Patch
+from ascend_patch.patches import _watch, _watch_ascend
 
 PATCH = Patch(
     id="kv_connector",
@@ -11,8 +12,5 @@ PATCH = Patch(
     why="Unequal tensor-parallel sizes hang, or corrupt the KV cache without a word.",
     upstream="vllm-ascend #2947",
     remove_when="no release in use needs it",
-    watch={
-        "vllm": (),
-        "vllm_ascend": (),
-    },
+    watch={"vllm": _watch.KV_CONNECTOR, "vllm_ascend": _watch_ascend.KV_CONNECTOR},
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ascend_patch._registry import Band, Patch, Target
+from ascend_patch.patches import _watch, _watch_ascend
 
 BASE = "vllm.model_executor.layers.rotary_embedding.base"
 COMMON = "vllm.model_executor.layers.rotary_embedding.common"
@@ -49,7 +50,7 @@ PATCH = Patch(
             ),
         ),
     ),
-    watch={"vllm": (), "vllm_ascend": ()},
+    watch={"vllm": _watch.ROTARY, "vllm_ascend": _watch_ascend.ROTARY},
     untouched=(
         "MRotaryEmbedding, DeepseekScalingRotaryEmbedding and Llama4VisionRotaryEmbedding: they "
         "derive from RotaryEmbeddingBase and keep their own arithmetic",
