@@ -16,39 +16,87 @@ if TYPE_CHECKING:
 
     from ascend_patch._finder import Finder
 
+VARIABLE = "ASCEND_PATCHES"
 OFF = ("", "none", "0", "off", "false", "no")
 HOST_PACKAGES = ("vllm", "vllm_ascend")
+# The folder that `ascend-patch run` puts on PYTHONPATH; its sitecustomize is the door `run`.
+RUN_FOLDER = "ascend-patch-run"
 
-# The names of the doors that were opened in this process, in order; the first one armed it.
+# The doors that were opened in this process, each once, in order; the first one armed it.
 doors: list[str] = []
+# Where another copy of this package lies whose sitecustomize ran too: two versions may be mixed.
+other_copies: list[str] = []
 _finder: Finder | None = None
+_value = ""
 
 
-def open_door(door: str) -> None:
-    """Arm the finder if ASCEND_PATCHES is set; never raise.
+def open_door(door: str, place: str = "") -> None:
+    """Arm the finder if ASCEND_PATCHES is set; never break what called.
 
     Args:
-        door: What called: `sitecustomize`, `pth`, `run`, `plugin`.
+        door: What called: `sitecustomize`, `pth`, `plugin`.
+        place: The folder of the sitecustomize that called.
+
+    Raises:
+        Refusal: vLLM had been imported already, and the user asked for it to be refused.
     """
     try:
-        if os.environ.get("ASCEND_PATCHES", "").strip().lower() in OFF:
+        if _is_off(os.environ.get(VARIABLE, "")):
             return
-        doors.append(door)
-        if len(doors) == 1:
+        if os.path.basename(place).startswith(RUN_FOLDER):
+            door = "run"
+        _remember(door, place)
+        if finder() is None:
             _arm()
+        else:
+            _arm_again()
     except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) or getattr(error, "ascend_patch_fatal", False):
+            raise
         complain(f"could not be armed ({type(error).__name__}: {error}); vLLM runs as it was")
 
 
 def finder() -> Finder | None:
     """The armed finder of this process, or None."""
-    return _finder
+    if _finder is not None:
+        return _finder
+    # Tools that unload every module at start-up (ddtrace, for gevent) leave sys.meta_path alone.
+    for other in sys.meta_path:
+        if type(other).__module__ == "ascend_patch._finder":
+            return other  # type: ignore[return-value]
+    return None
+
+
+def value() -> str:
+    """What ASCEND_PATCHES says; where it is gone, what it said when the door opened.
+
+    A sitecustomize that empties os.environ does not mean us. `none` does.
+    """
+    return os.environ.get(VARIABLE, _value)
 
 
 def complain(what: str) -> None:
     """One line on stderr: at this point logging is not configured."""
-    if sys.stderr is not None:
+    try:
         sys.stderr.write(f"ascend-patch: {what}\n")
+    except (AttributeError, OSError, ValueError):
+        # No stderr, or a closed one: pythonw, daemons.
+        return
+
+
+def _is_off(text: str) -> bool:
+    return text.strip().lower() in OFF
+
+
+def _remember(door: str, place: str) -> None:
+    global _value
+    _value = os.environ[VARIABLE]
+    if door not in doors:
+        doors.append(door)
+    if place:
+        package = os.path.realpath(os.path.join(place, "ascend_patch"))
+        if package != os.path.realpath(os.path.dirname(__file__)) and package not in other_copies:
+            other_copies.append(package)
 
 
 def _arm() -> None:
@@ -59,6 +107,19 @@ def _arm() -> None:
     for package in HOST_PACKAGES:
         _finder.watch(package, Watch(before=_host_is_imported, after=_host_was_imported))
     _finder.arm()
+
+
+def _arm_again() -> None:
+    """A later door: put back what somebody has taken out of sys.meta_path since the first one."""
+    armed = finder()
+    if armed is None:
+        return
+    armed.arm()
+    for package in HOST_PACKAGES:
+        host = sys.modules.get(package)
+        spec = getattr(host, "__spec__", None)
+        if host is not None and not getattr(spec, "_initializing", False):
+            _host_was_imported(host)
 
 
 def _host_is_imported(spec: ModuleSpec) -> None:
