@@ -21,8 +21,8 @@ MODULE = "<module>"
 IGNORED_FIELDS = frozenset(
     {"annotation", "ctx", "kind", "returns", "simple", "type_comment", "type_params"}
 )
-_DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-_NAMES = (*_DEFINITIONS, ast.Import, ast.ImportFrom)
+_DEFINITIONS = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+_IMPORTS = ast.Import | ast.ImportFrom
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ def of_symbol(package_root: Path, module: str, qualname: str) -> Fingerprint | N
 def of_source(source: str, qualname: str) -> Fingerprint | None:
     """The fingerprint of `qualname` in a module's source text, or None if it is not there."""
     nodes = _nodes(source, qualname)
-    if not nodes:
+    if not nodes and qualname != MODULE:
         return None
     text = "\n".join(_dump(node) for node in nodes)
     digest = hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARACTERS]
-    last = nodes[-1]
+    last = nodes[-1] if nodes else None
     if isinstance(last, ast.FunctionDef | ast.AsyncFunctionDef):
         return Fingerprint(_signature(last.args), digest)
     return Fingerprint("", digest)
@@ -82,7 +82,8 @@ def text_of(source: str, qualname: str) -> Iterator[str]:
 def module_file(package_root: Path, module: str) -> Path | None:
     """The file of a dotted module name below the folder of its top-level package."""
     stem = package_root.joinpath(*module.split("."))
-    for path in (stem.with_suffix(".py"), stem / "__init__.py"):
+    # In the order in which Python looks: a package hides a module of the same name.
+    for path in (stem / "__init__.py", stem.with_suffix(".py")):
         if path.is_file():
             return path
     return None
@@ -107,9 +108,8 @@ def _parse(source: str) -> ast.Module:
 def _nodes(source: str, qualname: str) -> list[ast.stmt]:
     tree = _parse(source)
     if qualname == MODULE:
-        return [
-            node for node in _without_docstring(tree, tree.body) if not isinstance(node, _NAMES)
-        ]
+        body = _code(tree, tree.body)
+        return [node for node in body if not isinstance(node, _DEFINITIONS | _IMPORTS)]
     return _find(tree, qualname.split("."))
 
 
@@ -118,9 +118,8 @@ def _find(scope: ast.AST, names: list[str]) -> list[ast.stmt]:
     found = [node for node in _statements(scope) if names[0] in _names(node)]
     if len(names) == 1:
         return found
-    return [
-        deep for node in found if isinstance(node, ast.ClassDef) for deep in _find(node, names[1:])
-    ]
+    classes = (node for node in found if isinstance(node, ast.ClassDef))
+    return [deep for node in classes for deep in _find(node, names[1:])]
 
 
 def _statements(scope: ast.AST) -> Iterator[ast.stmt]:
@@ -129,12 +128,12 @@ def _statements(scope: ast.AST) -> Iterator[ast.stmt]:
             continue
         if isinstance(node, ast.stmt):
             yield node
-        if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        if not isinstance(node, _DEFINITIONS):
             yield from _statements(node)
 
 
 def _names(node: ast.stmt) -> set[str]:
-    if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+    if isinstance(node, _DEFINITIONS):
         return {node.name}
     targets: list[ast.expr] = []
     if isinstance(node, ast.Assign):
@@ -170,23 +169,26 @@ def _default(value: ast.expr) -> str:
     return ast.unparse(value).replace("lambda :", "lambda:")
 
 
-def _dump(node: object) -> str:
+def _dump(node: object, owner: object = None) -> str:
     """A syntax tree as text. `ast.dump` differs between Python versions; this does not."""
-    if isinstance(node, ast.AST):
-        fields = []
-        for name, value in ast.iter_fields(node):
-            if name in IGNORED_FIELDS or value is None or value == []:
-                continue
-            if name == "body" and isinstance(value, list):
-                value = _without_docstring(node, value)
-            if name == "values" and isinstance(node, ast.JoinedStr):
-                value = _joined(node.values)
-            fields.append(f"{name}={_dump(value)}")
-        return f"{type(node).__name__}({','.join(fields)})"
     if isinstance(node, list):
-        return f"[{','.join(map(_dump, node))}]"
-    # repr() would follow the Unicode tables of the running Python.
-    return ascii(node)
+        return f"[{','.join(_dump(item, owner) for item in node)}]"
+    if not isinstance(node, ast.AST):
+        # repr() would follow the Unicode tables of the running Python.
+        return ascii(node)
+    # An annotation makes a field of a class, and nothing of a variable.
+    if isinstance(node, ast.AnnAssign) and node.value and not isinstance(owner, ast.ClassDef):
+        node = ast.Assign(targets=[node.target], value=node.value)
+    fields = []
+    for name, value in ast.iter_fields(node):
+        if name in IGNORED_FIELDS or value is None or value == []:
+            continue
+        if name == "body" and isinstance(value, list):
+            value = _code(node, value)
+        if isinstance(node, ast.JoinedStr):
+            value = _joined(node.values)
+        fields.append(f"{name}={_dump(value, node)}")
+    return f"{type(node).__name__}({','.join(fields)})"
 
 
 def _joined(values: list[ast.expr]) -> list[object]:
@@ -203,10 +205,10 @@ def _joined(values: list[ast.expr]) -> list[object]:
     return parts
 
 
-def _without_docstring(owner: ast.AST, body: list[ast.stmt]) -> list[ast.stmt]:
-    has_docstring = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | ast.Module
-    if isinstance(owner, has_docstring) and body and isinstance(body[0], ast.Expr):
+def _code(owner: ast.AST, body: list[ast.stmt]) -> list[ast.stmt]:
+    """A body without its docstring, and without the `pass` that may stand in for one."""
+    if isinstance(owner, _DEFINITIONS | ast.Module) and body and isinstance(body[0], ast.Expr):
         first = body[0].value
         if isinstance(first, ast.Constant) and isinstance(first.value, str):
-            return body[1:]
-    return body
+            body = body[1:]
+    return [node for node in body if not isinstance(node, ast.Pass)]
