@@ -8,6 +8,10 @@ from ascend_patch.patches import _watch, _watch_ascend
 BASE = "vllm.model_executor.layers.rotary_embedding.base"
 COMMON = "vllm.model_executor.layers.rotary_embedding.common"
 IMPL = "ascend_patch.impl.rotary"
+ASCEND = "vllm_ascend.ops.rotary_embedding"
+ASCEND_TRITON = "vllm_ascend.ops.triton.rope"
+ASCEND_REGISTRATION = "vllm_ascend.ops.register_custom_ops"
+ASCEND_IMPL = "ascend_patch.impl.rotary_ascend"
 
 # What our forward reads of the layer, and what its result must equal.
 LAYER = (
@@ -17,6 +21,23 @@ LAYER = (
     f"{BASE}:RotaryEmbedding.forward_static",
     f"{COMMON}:ApplyRotaryEmb.forward_static",
 )
+
+
+def _ascend_operator(name: str) -> Target:
+    """The registered operator; its implementation has one body in every release that has it."""
+    return Target(
+        symbol=f"{ASCEND}:rope_forward_oot",
+        seam="operator",
+        operator=name,
+        assigned_by=ASCEND_REGISTRATION,
+        replacement=f"{ASCEND_IMPL}:rope_forward_oot",
+        context=(
+            f"{ASCEND_TRITON}:rope_forward_triton",
+            f"{ASCEND_TRITON}:_triton_rope",
+            f"{ASCEND_REGISTRATION}:<module>",
+        ),
+    )
+
 
 PATCH = Patch(
     id="rotary",
@@ -49,11 +70,25 @@ PATCH = Patch(
                 ),
             ),
         ),
+        Band(
+            host="vllm_ascend",
+            versions="",
+            releases=("0.18.0", "releases/v0.18.0"),
+            targets=(_ascend_operator("vllm::npu_rotary_embedding"),),
+        ),
+        Band(
+            host="vllm_ascend",
+            versions="",
+            releases=("releases/v0.13.0",),
+            targets=(_ascend_operator("vllm::rope_forward_oot"),),
+        ),
     ),
     watch={"vllm": _watch.ROTARY, "vllm_ascend": _watch_ascend.ROTARY},
     untouched=(
         "MRotaryEmbedding, DeepseekScalingRotaryEmbedding and Llama4VisionRotaryEmbedding: they "
         "derive from RotaryEmbeddingBase and keep their own arithmetic",
         "RotaryEmbedding.forward_cuda and forward_hip: vLLM's own kernels are right there",
+        "vllm_ascend, rotary_dim a power of two, or no Triton: the release's kernel is right there",
+        "vllm_ascend, MLA and SFA (DeepSeek, GLM-5, Kimi), MiniMax, 310P: they rotate elsewhere",
     ),
 )
