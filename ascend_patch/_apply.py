@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from types import ModuleType
 
@@ -9,8 +10,11 @@ from ascend_patch import _bootstrap
 from ascend_patch._finder import Finder, Watch
 from ascend_patch._plan import Decision
 from ascend_patch._registry import Target
-from ascend_patch._seams import AttributeInstallation, Installation, make
+from ascend_patch._seams import Installation, make
 from ascend_patch._state import PatchState, ProcessState, TargetState
+
+# The states of a patch whose targets are attached as their modules run.
+WANTED = ("armed", "applied")
 
 
 class Applier:
@@ -27,6 +31,11 @@ class Applier:
         self._decisions: Mapping[str, Decision] = {}
         self._installed: dict[str, dict[str, Installation]] = {}
         self._reverted: dict[str, dict[str, Installation]] = {}
+        # What was installed in modules that have been reloaded or imported again since.
+        self._outgrown: dict[str, list[Installation]] = {}
+        # Held while targets change, and never while anything is imported: this code runs under
+        # the import locks of the modules that it changes.
+        self._lock = threading.RLock()
 
     def arm(self, decisions: Mapping[str, Decision]) -> None:
         """Wait for the modules of every armed decision; those already imported are done at once."""
@@ -45,7 +54,7 @@ class Applier:
         """Attach every target that waits for this module, patch by patch, in order."""
         for name, decision in self._decisions.items():
             patch = self._state.patches[name]
-            if patch.state not in ("armed", "applied") or decision.band is None:
+            if patch.state not in WANTED or decision.band is None:
                 continue
             targets = [t for t in decision.band.targets if t.module == module.__name__]
             if targets:
@@ -55,11 +64,14 @@ class Applier:
     def revert(self, name: str) -> None:
         """Take a patch back; the state says so, and a reload does not bring it back."""
         patch = self._state.patches[name]
-        self._reverted[name] = self._installed.pop(name, {})
-        for installation in reversed(self._reverted[name].values()):
-            installation.revert()
-            patch.target(installation.target.id).state = "reverted"
-        patch.state, patch.reason = "reverted", "taken back on request"
+        with self._lock:
+            if patch.state not in WANTED:
+                return
+            self._reverted[name] = self._installed.pop(name, {})
+            self._take_back(name, self._reverted[name])
+            for target in patch.targets:
+                target.state, target.reason = "reverted", ""
+            patch.state, patch.reason = "reverted", "taken back on request"
         self._state.write()
 
     def apply_again(self, name: str, imported: Mapping[str, ModuleType]) -> None:
@@ -73,60 +85,101 @@ class Applier:
         self._attach(patch, [t for t in band.targets if t.module in imported])
         self._state.write()
 
+    def module_was_missed(self, module: str) -> None:
+        """Note that a module ran before its targets were attached."""
+        self._note_late(module)
+
+    def after_fork(self) -> None:
+        """Another thread may have held the lock when the process forked."""
+        self._lock = threading.RLock()
+
     def check(self) -> list[str]:
         """Look again at every target: is what was installed still what is there?"""
         changed = []
-        for name, installations in self._installed.items():
-            for installation in installations.values():
-                found = installation.found()
-                if found:
-                    self._state.patches[name].target(installation.target.id).reason = found
-                    changed.append(f"{name}: {installation.target.id} is {found}")
+        with self._lock:
+            for name, installations in self._installed.items():
+                for installation in installations.values():
+                    found = installation.found()
+                    target = self._state.patches[name].target(installation.target.id)
+                    target.reason = found or installation.note
+                    if found:
+                        changed.append(f"{name}: {installation.target.id} is {found}")
         return changed
 
     def _attach(self, patch: PatchState, targets: list[Target]) -> None:
-        done = self._installed.setdefault(patch.id, {})
+        """Prepare every target, then change them all under the lock; or change none."""
         target_id = ""
         try:
+            planned = []
             for target in targets:
                 target_id = target.id
-                self._attach_one(patch, target, done)
+                planned.append(self._prepare(patch, target))
+            with self._lock:
+                # In the meantime another thread may have failed the patch, or taken it back.
+                if patch.state in WANTED:
+                    for installation in planned:
+                        target_id = installation.target.id
+                        self._install(patch, installation)
         except BaseException as error:
+            self._fail(patch, target_id, error)
             if isinstance(error, KeyboardInterrupt):
                 raise
-            self._fail(patch, target_id, error)
-            return
-        if done:
-            patch.state = "applied"
 
-    def _attach_one(self, patch: PatchState, target: Target, done: dict[str, Installation]) -> None:
+    def _prepare(self, patch: PatchState, target: Target) -> Installation:
+        for known in (self._installed, self._reverted):
+            installation = known.get(patch.id, {}).get(target.id)
+            if installation is not None and installation.in_place():
+                return installation
+        count = self._state.counters.counter(f"{patch.id}/{target.id}")
+        installation = make(target, count)
+        installation.prepare()
+        return installation
+
+    def _install(self, patch: PatchState, installation: Installation) -> None:
+        target = installation.target
+        done = self._installed.setdefault(patch.id, {})
+        before = done.get(target.id)
+        # A foreign wrapper may still hold ours after a revert: it is switched on again.
         kept = self._reverted.get(patch.id, {}).pop(target.id, None)
-        if isinstance(kept, AttributeInstallation) and kept.resume():
-            installation: Installation = kept
-        else:
-            count = self._state.counters.counter(f"{patch.id}/{target.id}")
-            installation = make(target, count)
+        if before is not installation and not (kept is installation and kept.resume()):
+            if before is not None:
+                before.make_way()
+                self._outgrown.setdefault(patch.id, []).append(before)
             installation.install()
         done[target.id] = installation
         state = patch.target(target.id)
         state.state, state.reason = "applied", installation.note
+        patch.state = "applied"
 
     def _fail(self, patch: PatchState, target_id: str, error: BaseException) -> None:
-        """Roll every target of the patch back, and say why."""
+        """Roll every target of the patch back, and say why; what requires it goes with it."""
         reason = f"{target_id}: {type(error).__name__}: {error}"
-        for installation in reversed(self._installed.pop(patch.id, {}).values()):
+        with self._lock:
+            reason += self._take_back(patch.id, self._installed.pop(patch.id, {}))
+            for target in patch.targets:
+                target.state = "failed" if target.id == target_id else "reverted"
+            patch.state, patch.reason = "failed", f"{reason}; rolled back, vLLM runs as it was"
+        _bootstrap.complain(f"patch {patch.id} failed: {patch.reason}")
+        for name, decision in self._decisions.items():
+            other = self._state.patches[name]
+            if patch.id in decision.patch.requires and other.state in WANTED:
+                self._fail(other, "", RuntimeError(f"it needs patch {patch.id}, which failed"))
+
+    def _take_back(self, name: str, installed: Mapping[str, Installation]) -> str:
+        """Revert the newest first; what goes wrong is returned, and the rest still reverted."""
+        problems = ""
+        outgrown = self._outgrown.pop(name, [])
+        for installation in (*reversed(list(installed.values())), *reversed(outgrown)):
             try:
                 installation.revert()
-            except BaseException as second:
-                reason += f"; rolling {installation.target.id} back failed too: {second}"
-        for target in patch.targets:
-            target.state = "failed" if target.id == target_id else "reverted"
-        patch.state, patch.reason = "failed", f"{reason}; rolled back, vLLM runs as it was"
-        _bootstrap.complain(f"patch {patch.id} failed: {patch.reason}")
+            except BaseException as error:
+                problems += f"; taking {installation.target.id} back failed too: {error}"
+        return problems
 
     def _note_late(self, module: str) -> None:
         for name, decision in self._decisions.items():
-            if decision.band and any(target.module == module for target in decision.band.targets):
+            band = decision.band if self._state.patches[name].state in WANTED else None
+            if band and any(target.module == module for target in band.targets):
                 self._state.patches[name].notes.append(
                     f"{module} had been imported before; objects built by then keep the original"
                 )

@@ -8,6 +8,7 @@ time; two threads that count the same call at the same moment may lose one.
 from __future__ import annotations
 
 import mmap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ class Counters:
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self._lock = threading.Lock()
         self._cells = memoryview(bytearray(BYTES)).cast("Q")
 
     def share(self, path: Path) -> None:
@@ -36,12 +38,14 @@ class Counters:
 
     def reset(self) -> None:
         """Start again from zero in memory of our own: a forked child counts for itself."""
+        self._lock = threading.Lock()
         self._cells = memoryview(bytearray(BYTES)).cast("Q")
 
     def slot(self, name: str) -> int:
         """The slot of a name; names beyond the last slot share it."""
-        if name not in self.names:
-            self.names.append(name)
+        with self._lock:
+            if name not in self.names:
+                self.names.append(name)
         return min(self.names.index(name), SLOTS - 1)
 
     def counter(self, name: str) -> Callable[[], None]:

@@ -14,6 +14,17 @@ import sys
 from _frozen_importlib import ModuleSpec
 from _thread import get_ident
 
+from ascend_patch._loaders import (
+    InProgress,
+    LegacyLoader,
+    Loader,
+    Proxy,
+    Running,
+    execution,
+    is_lazy,
+    values,
+)
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -29,7 +40,7 @@ class Watch:
         after: Called with the module once its code has run, once per execution.
     """
 
-    __slots__ = ("after", "before")
+    __slots__ = ("after", "before", "told")
 
     def __init__(
         self,
@@ -38,60 +49,8 @@ class Watch:
     ) -> None:
         self.before = before
         self.after = after
-
-
-class _Loader:
-    """The original loader, with our callbacks around exec_module.
-
-    It stands in a spec until the module runs; then the original takes its place again, so that
-    whoever reads `__loader__` later (inspect, linecache, importlib.resources) sees no stranger.
-    """
-
-    def __init__(self, finder: Finder, original: Any) -> None:
-        self._ascend_finder = finder
-        self._ascend_original = original
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ascend_original, name)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        # isinstance(spec.loader, SourceFileLoader) must answer as it does without us.
-        return type(self._ascend_original)
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        create = getattr(self._ascend_original, "create_module", None)
-        return create(spec) if create is not None else None
-
-    def exec_module(self, module: ModuleType) -> None:
-        spec = module.__spec__
-        if spec is not None and spec.loader is self:  # type: ignore[comparison-overlap]
-            spec.loader = self._ascend_original
-        if getattr(module, "__loader__", None) is self:
-            module.__loader__ = self._ascend_original
-        if spec is not None:
-            self._ascend_finder.run_before(spec)
-        self._ascend_original.exec_module(module)
-        self._ascend_finder.run_after(module)
-
-
-class _InProgress(ModuleSpec):
-    """The spec of a module that is half imported: says when importlib has finished with it."""
-
-    _ascend_finder: Finder
-
-    @property
-    def _initializing(self) -> bool:
-        return bool(self.__dict__.get("_ascend_initializing", True))
-
-    @_initializing.setter
-    def _initializing(self, value: bool) -> None:
-        self.__dict__["_ascend_initializing"] = value
-        if not value:
-            # A failed import has taken the module out of sys.modules already.
-            module = sys.modules.get(self.name)
-            if module is not None and module.__spec__ is self:
-                self._ascend_finder.run_after(module)
+        # Per module name, the execution that `after` was last called for: its spec.
+        self.told: dict[str, object] = {}
 
 
 class Finder:
@@ -105,6 +64,7 @@ class Finder:
     def __init__(self, on_error: Callable[[str, BaseException], None]) -> None:
         self._watches: dict[str, list[Watch]] = {}
         self._searching: set[tuple[int, str]] = set()
+        self._running: list[int] = []
         self._on_error = on_error
 
     def arm(self) -> None:
@@ -129,13 +89,42 @@ class Finder:
         module = sys.modules.get(name)
         if module is None:
             return False
-        spec = getattr(module, "__spec__", None)
-        if spec is not None and getattr(spec, "_initializing", False):
-            self._when_finished(spec)
+        spec: Any = values(module).get("__spec__")
+        if id(spec) in self._running:
+            return False  # our loader calls back when it has finished
+        if is_lazy(module):
+            self._stand_in(spec)
             return False
-        if watch.after is not None:
-            self._call(name, watch.after, module)
+        if getattr(spec, "_initializing", False):
+            self._when_finished(spec)
+            if type(spec) is InProgress and not spec._initializing:
+                spec.tell()  # another thread has finished it in between
+            return False
+        self._tell(name, watch, module)
         return True
+
+    def sweep(self) -> list[str]:
+        """Call back for modules that came in past this finder.
+
+        Another finder in front of it may bring them in, or a loader that is called directly.
+
+        Returns:
+            The names of these modules; others may hold references into them.
+        """
+        found = []
+        for name, watches in list(self._watches.items()):
+            module = sys.modules.get(name)
+            spec = values(module).get("__spec__")
+            if module is None or id(spec) in self._running or is_lazy(module):
+                continue
+            if getattr(spec, "_initializing", False):
+                continue
+            missed = [w for w in watches if w.told.get(name) is not execution(module)]
+            for watch in missed:
+                self._tell(name, watch, module)
+            if missed:
+                found.append(name)
+        return found
 
     def unwatch(self, watches: Iterable[Watch]) -> None:
         """Forget these watches, wherever they are registered."""
@@ -161,10 +150,10 @@ class Finder:
             self._searching.discard(searching)
         if spec is None:
             return None
-        if spec.loader is None or not hasattr(spec.loader, "exec_module"):
-            self._when_finished(spec)  # a namespace package, or a loader of the old protocol
+        if spec.loader is None:
+            self._when_finished(spec)  # a namespace package
         else:
-            spec.loader = _Loader(self, spec.loader)  # type: ignore[assignment]
+            self._stand_in(spec)
         return spec
 
     def _find_behind_us(self, fullname: str, path: Any, target: Any) -> ModuleSpec | None:
@@ -177,13 +166,26 @@ class Finder:
                 return spec
         return None
 
-    def _when_finished(self, spec: ModuleSpec) -> None:
-        if type(spec) is not ModuleSpec:
-            # Not importlib's own class: leave it alone and let `sweep` find the module later.
-            return
-        spec.__dict__["_ascend_initializing"] = spec.__dict__.pop("_initializing", True)
-        spec.__class__ = _InProgress
-        spec._ascend_finder = self  # type: ignore[attr-defined]
+    def _stand_in(self, spec: Any) -> None:
+        loader = spec.loader
+        if issubclass(type(loader), Proxy) and loader._ascend_finder is self:
+            return  # a finder that keeps its specs: this one has been through our hands
+        legacy = not hasattr(loader, "exec_module")
+        spec.loader = LegacyLoader(self, loader, spec) if legacy else Loader(self, loader)
+
+    def _when_finished(self, spec: Any) -> None:
+        if type(spec) is InProgress:
+            finders = spec.__dict__.setdefault("_ascend_finders", [])
+            if self not in finders:
+                finders.append(self)
+        elif type(spec) is ModuleSpec:
+            spec.__dict__["_ascend_finders"] = [self]
+            spec.__class__ = InProgress
+        # Otherwise it is not importlib's own class: `sweep` finds the module later.
+
+    def running(self, spec: object) -> Running:
+        """For `with`: the code of this spec's module runs under one of our loaders."""
+        return Running(self._running, spec)
 
     def run_before(self, spec: ModuleSpec) -> None:
         for watch in tuple(self._watches.get(spec.name, ())):
@@ -191,10 +193,19 @@ class Finder:
                 self._call(spec.name, watch.before, spec)
 
     def run_after(self, module: ModuleType) -> None:
-        name = module.__name__
+        spec = values(module).get("__spec__")
+        name = spec.name if spec is not None else module.__name__
+        # A module may have put another object in its own place.
+        module = sys.modules.get(name, module)
         for watch in tuple(self._watches.get(name, ())):
-            if watch.after is not None:
-                self._call(name, watch.after, module)
+            # One that was added by a callback, or at the same moment, may have been told.
+            if watch.told.get(name) is not execution(module):
+                self._tell(name, watch, module)
+
+    def _tell(self, name: str, watch: Watch, module: ModuleType) -> None:
+        watch.told[name] = execution(module)
+        if watch.after is not None:
+            self._call(name, watch.after, module)
 
     def _call(self, name: str, callback: Callable[[Any], None], argument: Any) -> None:
         try:

@@ -6,6 +6,7 @@ is fail-open: a release without the seam is served without the hook, and `proble
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
@@ -70,7 +71,9 @@ def tell_when_loaded(module: ModuleType, runtime: Runtime) -> None:
             runtime.model_is_loaded()
             return model
 
-        loader.load_model = load_and_tell
+        # A loader whose instances take no attribute is served without the hook.
+        with contextlib.suppress(AttributeError):
+            loader.load_model = load_and_tell
         return loader
 
     module.get_model_loader = get_model_loader  # type: ignore[attr-defined]

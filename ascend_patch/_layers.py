@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 # Decorators that hosts put on their own functions are theirs, not a stranger's.
 AT_HOME = ("torch", "functools", "contextlib")
+# `type(x)` is asked throughout and never isinstance: a wrapt proxy passes for what it wraps.
+DESCRIPTORS = (staticmethod, classmethod)
 
 
 def layers(function: Any) -> Iterator[Any]:
@@ -17,33 +19,41 @@ def layers(function: Any) -> Iterator[Any]:
     while function is not None and id(function) not in seen:
         seen.add(id(function))
         yield function
-        function = getattr(function, "__func__", None) or getattr(function, "__wrapped__", None)
+        inner = "__func__" if type(function) in (*DESCRIPTORS, MethodType) else "__wrapped__"
+        function = getattr(function, inner, None)
 
 
 def holds(function: Any, ours: Any) -> bool:
-    """Whether `ours` is among the layers, in a wrapped attribute or in a closure."""
-    for layer in layers(function):
-        if layer is ours:
-            return True
-        for cell in getattr(layer, "__closure__", None) or ():
-            try:
-                if cell.cell_contents is ours:
-                    return True
-            except ValueError:  # the cell is still empty
-                continue
+    """Whether `ours` is among the layers: in a wrapped attribute, or in a closure, at any depth."""
+    seen: set[int] = set()
+    waiting = [function]
+    while waiting:
+        for layer in layers(waiting.pop()):
+            if layer is ours:
+                return True
+            if id(layer) in seen:
+                break
+            seen.add(id(layer))
+            for cell in getattr(layer, "__closure__", None) or ():
+                try:
+                    held = cell.cell_contents
+                except ValueError:  # the cell is still empty
+                    continue
+                if held is ours or type(held) in (FunctionType, MethodType, *DESCRIPTORS):
+                    waiting.append(held)
     return False
 
 
-def foreign(function: Any, module: str) -> str:
+def foreign(function: Any, *modules: str) -> str:
     """Names the outermost layer that is neither the host's own nor ours; empty if there is none.
 
     Args:
         function: What is found at the target, read without the descriptor protocol.
-        module: The module that should have defined it.
+        modules: The modules that may have defined it.
     """
-    home = (module.partition(".")[0], "ascend_patch", *AT_HOME)
+    home = (*(module.partition(".")[0] for module in modules), "ascend_patch", *AT_HOME)
     for layer in layers(function):
-        if isinstance(layer, staticmethod | classmethod):
+        if type(layer) in DESCRIPTORS:
             continue
         if type(layer).__module__.partition(".")[0] == "wrapt" or hasattr(
             type(layer), "__wrapped__"
@@ -52,10 +62,10 @@ def foreign(function: Any, module: str) -> str:
             where = getattr(wrapper, "__module__", None) or type(layer).__module__
             if where.partition(".")[0] != "ascend_patch":
                 return f"a wrapt wrapper of {where}"
-        elif isinstance(layer, FunctionType):
+        elif type(layer) is FunctionType:
             # functools.wraps copies __module__, but not the globals a function really has.
             where = layer.__globals__.get("__name__", "?")
-            if where != module and where.partition(".")[0] not in home:
+            if where not in modules and where.partition(".")[0] not in home:
                 return f"{layer.__code__.co_name} of {where}"
         elif type(layer).__module__.partition(".")[0] not in (*home, *sys.builtin_module_names):
             return f"a {type(layer).__qualname__} of {type(layer).__module__}"

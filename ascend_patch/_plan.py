@@ -22,8 +22,8 @@ class Decision:
     """What one patch will do.
 
     Attributes:
-        state: `armed` (will apply as its modules are imported), `retired`, `superseded` or
-            `skipped`.
+        state: `armed` (will apply as its modules are imported), `retired`, `superseded`,
+            `skipped` or `failed`.
         reason: Why, as a sentence.
         band: The band that matched, where one did.
         releases: The recorded releases whose source is the installed one.
@@ -43,9 +43,21 @@ def plan(
     decisions: dict[str, Decision] = {}
     for name in registry:
         if name in selection.ids:
-            decision = decide(registry[name], installed)
+            decision = _decide_safely(registry[name], installed)
             decisions[name] = _with_others(decision, decisions, selection)
     return decisions
+
+
+def _decide_safely(patch: Patch, installed: Installed) -> Decision:
+    """A fault in what one patch declares fails that patch, and no other."""
+    try:
+        return decide(patch, installed)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return Decision(
+            patch, "failed", f"it could not be decided: {type(error).__name__}: {error}"
+        )
 
 
 def decide(patch: Patch, installed: Installed) -> Decision:
@@ -99,6 +111,13 @@ def decide(patch: Patch, installed: Installed) -> Decision:
             )
         if not differences or len(match.differences) < len(differences):
             differences = match.differences
+    if not differences:
+        return Decision(
+            patch,
+            "skipped",
+            f"{host} is no final release, and those that need the patch no more are not "
+            "recognised by their source",
+        )
     shown = "; ".join(differences[:MAX_DIFFERENCES])
     more = (
         f"; and {len(differences) - MAX_DIFFERENCES} more"

@@ -73,6 +73,8 @@ class Target:
             raise RegistryError(
                 f"{self.symbol}: `operator` goes with the operator seam, and only there"
             )
+        if self.operator and not all(self.operator.partition("::")):
+            raise RegistryError(f"{self.operator!r} names no operator; write it as namespace::name")
         for text in (self.symbol, self.replacement, *self.context):
             Symbol.parse(text)
 

@@ -12,6 +12,8 @@ from pathlib import Path
 DIRECTORY_VARIABLE = "ASCEND_PATCHES_STATUS_DIR"
 RUN_VARIABLE = "ASCEND_PATCHES_RUN"
 KEEP_ENDED_RUNS = 1
+# A run without files may be one that is being made right now.
+SECONDS_TO_START = 60.0
 
 
 class RunDirectoryError(OSError):
@@ -40,7 +42,7 @@ def enter() -> tuple[Path, bool]:
     root = base()
     _make_private(root)
     run = os.environ.get(RUN_VARIABLE, "")
-    begins = not run or not (root / run).is_dir() or Path(run).name != run
+    begins = run in ("", "..") or Path(run).name != run or not (root / run).is_dir()
     if begins:
         prune(root, KEEP_ENDED_RUNS)
         run = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
@@ -61,9 +63,16 @@ def runs(root: Path) -> list[Path]:
 
 def prune(root: Path, keep: int) -> None:
     """Remove runs in which no process is left, but for the newest `keep` of them."""
-    ended = [run for run in runs(root) if not any(is_alive(*owner) for owner in owners(run))]
+    ended = [run for run in runs(root) if _has_ended(run)]
     for run in ended[keep:]:
         shutil.rmtree(run, ignore_errors=True)
+
+
+def _has_ended(run: Path) -> bool:
+    found = owners(run)
+    if not found:
+        return time.time() - _modified(run) > SECONDS_TO_START
+    return not any(is_alive(*owner) for owner in found)
 
 
 def owners(run: Path) -> list[tuple[int, int]]:
@@ -71,7 +80,7 @@ def owners(run: Path) -> list[tuple[int, int]]:
     found = []
     for path in run.glob("*.json"):
         pid, _, started = path.stem.partition("-")
-        if pid.isdigit() and started.isdigit():
+        if pid.isdecimal() and started.isdecimal():
             found.append((int(pid), int(started)))
     return found
 
@@ -95,7 +104,7 @@ def is_alive(pid: int, started: int) -> bool:
     """Whether the process that wrote a file is still running."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass

@@ -46,6 +46,8 @@ class Runtime:
         self.digest = ""
         self._lock = threading.RLock()
         self._begun = False
+        self._refusal: Refusal | None = None
+        self._finder: Finder | None = None
         self._applier: Applier | None = None
 
     def begin(self, finder: Finder) -> None:
@@ -56,19 +58,40 @@ class Runtime:
                 selected patch cannot be applied.
         """
         with self._lock:
+            if self._refusal is not None:
+                # Whoever swallowed it, a thread for example, does not get vLLM unpatched either.
+                raise self._refusal
             if self._begun:
                 return
             self._begun = True
+            self._finder = finder
             self.state.open_files()
             os.register_at_fork(after_in_child=self._after_fork)
             try:
-                self._decide_and_arm(finder)
+                self._decide_or_fail(finder)
             except Refusal as refusal:
+                self._refusal = refusal
                 self.state.problems.append(str(refusal))
                 raise
             finally:
                 self.state.write()
             self._announce()
+
+    def _decide_or_fail(self, finder: Finder) -> None:
+        try:
+            self._decide_and_arm(finder)
+        except (Refusal, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            # A fault of the shim itself: nothing is armed, and no state may claim otherwise.
+            reason = f"{type(error).__name__}: {error}; vLLM runs as it was"
+            for patch in self.state.patches.values():
+                if patch.state == "armed":
+                    patch.state, patch.reason = "failed", reason
+            self.state.patches.setdefault("all", PatchState("all", __version__, "failed", reason))
+            record_internal_error("vllm", error)
+            _bootstrap.complain(f"failed: {reason}")
+            self._refuse_if_strict()
 
     def _decide_and_arm(self, finder: Finder) -> None:
         missing = [name for name in DEPENDENCIES if not _importable(name)]
@@ -136,12 +159,21 @@ class Runtime:
             Refusal: ASCEND_PATCHES_STRICT=1 and a patch failed while its modules were imported.
         """
         with self._lock:
-            if self._applier is not None:
-                for change in self._applier.check():
-                    _bootstrap.complain(change)
+            try:
+                self._look_again()
+            except Exception as error:
+                record_internal_error("the loaded model", error)
             self.state.facts["model_loaded"] = True
             self.state.write()
             self._refuse_if_strict()
+
+    def _look_again(self) -> None:
+        if self._applier is None or self._finder is None:
+            return
+        for module in self._finder.sweep():
+            self._applier.module_was_missed(module)
+        for change in self._applier.check():
+            _bootstrap.complain(change)
 
     def revert(self, patch_id: str) -> None:
         """Take a patch back in this process."""
@@ -191,6 +223,8 @@ class Runtime:
     def _after_fork(self) -> None:
         # Another thread may have held the lock when the process forked.
         self._lock = threading.RLock()
+        if self._applier is not None:
+            self._applier.after_fork()
         self.state.after_fork()
 
 

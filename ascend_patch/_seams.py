@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -12,27 +10,9 @@ from typing import Any
 
 from ascend_patch import _layers
 from ascend_patch._registry import Symbol, Target
+from ascend_patch._replacement import SeamError, Switch, guarded, load_replacement
 
 _MISSING = object()
-
-
-class SeamError(RuntimeError):
-    """A target cannot be changed as planned; the message says what was found."""
-
-
-class Switch:
-    """Whether our code runs. It outlives a revert: whoever still holds ours gets the original."""
-
-    __slots__ = ("on",)
-
-    def __init__(self) -> None:
-        self.on = True
-
-
-def load_replacement(text: str) -> Any:
-    """Import `module:function` of ours."""
-    symbol = Symbol.parse(text)
-    return getattr(importlib.import_module(symbol.module), symbol.qualname)
 
 
 class Installation:
@@ -45,13 +25,32 @@ class Installation:
         self.switch = Switch()
         self._count = count
 
-    def install(self) -> None:
-        """Change the target.
+    def prepare(self) -> None:
+        """Look at the target and make ours; whatever has to be imported is imported here.
 
         Raises:
-            SeamError: What is there is not what was planned; nothing was changed.
+            SeamError: What is there is not what was planned. Nothing was changed.
         """
         raise NotImplementedError
+
+    def install(self) -> None:
+        """Put ours in place. It imports nothing, so that a lock may be held meanwhile.
+
+        Raises:
+            SeamError: What is there is not what `prepare` saw. Nothing was changed.
+        """
+        raise NotImplementedError
+
+    def in_place(self) -> bool:
+        """Whether ours is still what the target leads to, however wrapped."""
+        return False
+
+    def resume(self) -> bool:
+        """After a revert: switch ours on again if a foreign wrapper still holds it."""
+        return False
+
+    def make_way(self) -> None:
+        """The target has been executed again, and a new installation takes this one's place."""
 
     def revert(self) -> None:
         """Give the target back, also where somebody wrapped ours in the meantime."""
@@ -65,12 +64,12 @@ class Installation:
 class AttributeInstallation(Installation):
     """Host and traced seams: an attribute of a class or of a module."""
 
-    def install(self) -> None:
+    def prepare(self) -> None:
         symbol = Symbol.parse(self.target.symbol)
         self._owner, self._name = _owner(symbol)
         self._had_own = self._name in vars(self._owner)
         self._raw = inspect.getattr_static(self._owner, self._name)
-        foreign = _layers.foreign(self._raw, symbol.module)
+        foreign = self._foreign(self._raw)
         if self.target.seam == "traced":
             if foreign:
                 raise SeamError(
@@ -80,10 +79,16 @@ class AttributeInstallation(Installation):
         else:
             self.note = f"{foreign} had wrapped it before" if foreign else ""
             self._ours = self._wrapped()
-        self._aliases: list[tuple[dict[str, Any], str]] = []
-        setattr(self._owner, self._name, self._ours)
-        if isinstance(self._owner, ModuleType):
-            self._aliases = _rebind(self._raw, self._ours)
+
+    def install(self) -> None:
+        if inspect.getattr_static(self._owner, self._name, _MISSING) is not self._raw:
+            raise SeamError(f"{self.target.symbol} changed while it was being replaced")
+        try:
+            setattr(self._owner, self._name, self._ours)
+            self._rebind(self._raw, self._ours)
+        except BaseException:
+            self.revert()
+            raise
 
     def revert(self) -> None:
         self.switch.on = False
@@ -92,24 +97,39 @@ class AttributeInstallation(Installation):
                 setattr(self._owner, self._name, self._raw)
             else:
                 delattr(self._owner, self._name)
-        for namespace, name in self._aliases:
-            if namespace.get(name) is self._ours:
-                namespace[name] = self._raw
-        self._aliases = []
+        # Also where a module has imported ours by name since.
+        self._rebind(self._ours, self._raw)
 
     def resume(self) -> bool:
-        """After a revert: switch ours on again if a foreign wrapper still holds it."""
-        current = vars(self._owner).get(self._name)
-        if current is None or not _layers.holds(current, self._ours):
+        if not self.in_place():
             return False
         self.switch.on = True
+        self._rebind(self._raw, self._ours)
         return True
+
+    def in_place(self) -> bool:
+        try:
+            owner, name = _owner(Symbol.parse(self.target.symbol))
+        except (SeamError, KeyError):
+            return False
+        # After a reload or a second import the class of that name is another one.
+        return owner is self._owner and _layers.holds(vars(owner).get(name), self._ours)
+
+    def _rebind(self, old: Any, new: Any) -> None:
+        if isinstance(self._owner, ModuleType):
+            _rebind(old, new)
+
+    def _foreign(self, function: Any) -> str:
+        # Where another module of the host assigns the target, that one is at home there too.
+        return _layers.foreign(
+            function, Symbol.parse(self.target.symbol).module, self.target.module
+        )
 
     def found(self) -> str:
         current = inspect.getattr_static(self._owner, self._name, None)
         if current is self._ours:
             return ""
-        other = _layers.foreign(current, Symbol.parse(self.target.symbol).module) or "the original"
+        other = self._foreign(current) or "the original"
         if _layers.holds(current, self._ours):
             return f"wrapped by {other}"
         return f"replaced by {other} after we had applied"
@@ -117,6 +137,11 @@ class AttributeInstallation(Installation):
     def _wrapped(self) -> Any:
         import wrapt
 
+        if not _is_callable(self._raw):
+            raise SeamError(
+                f"{self.target.symbol} is a {type(self._raw).__name__}; a host seam needs a "
+                "function or a method"
+            )
         replacement, count, switch = (
             load_replacement(self.target.replacement),
             self._count,
@@ -131,20 +156,23 @@ class AttributeInstallation(Installation):
 
     def _traced(self) -> Any:
         original = getattr(self._raw, "__func__", self._raw)
-        if not isinstance(original, FunctionType):
+        if type(original) is not FunctionType:
             raise SeamError(
-                f"{self.target.symbol} is a {type(original).__name__}; a traced seam needs a function"
+                f"{self.target.symbol} is a {type(original).__name__}; a traced seam needs a "
+                "function"
             )
         ours = guarded(
             original, load_replacement(self.target.replacement), self.switch, self._count
         )
-        return type(self._raw)(ours) if isinstance(self._raw, staticmethod | classmethod) else ours
+        return type(self._raw)(ours) if type(self._raw) in _layers.DESCRIPTORS else ours
 
 
 class OperatorInstallation(Installation):
     """A registered operator, re-implemented under its own name and schema."""
 
-    def install(self) -> None:
+    _library: Any = None
+
+    def prepare(self) -> None:
         import torch
 
         namespace, _, name = self.target.operator.partition("::")
@@ -157,17 +185,26 @@ class OperatorInstallation(Installation):
                 f"torch {torch.__version__} cannot override an operator; 2.7 or later can"
             )
         original = inspect.unwrap(getattr(owner, attribute))
-        ours = guarded(
+        self._ours = guarded(
             original, load_replacement(self.target.replacement), self.switch, self._count
         )
+
+    def install(self) -> None:
+        import torch
+
+        namespace, _, name = self.target.operator.partition("::")
         # Ours lives as long as this object: destroying the library uncovers the host's kernel.
-        self._library: Any = torch.library.Library(namespace, "IMPL")
+        self._library = torch.library.Library(namespace, "IMPL")
         try:
             # Its default differs between torch releases, so it is always given.
-            self._library.impl(name, ours, self.target.dispatch_key, allow_override=True)
+            self._library.impl(name, self._ours, self.target.dispatch_key, allow_override=True)
         except BaseException:
             self.revert()
             raise
+
+    def make_way(self) -> None:
+        # Two kernels of ours must not lie on each other: theirs is destroyed in any order.
+        self.revert()
 
     def revert(self) -> None:
         self.switch.on = False
@@ -182,51 +219,17 @@ def make(target: Target, count: Callable[[], None]) -> Installation:
     return kind(target, count)
 
 
-def guarded(
-    original: FunctionType,
-    factory: Callable[[FunctionType], FunctionType],
-    switch: Switch,
-    count: Callable[[], None],
-) -> FunctionType:
-    """Ours as a plain function that torch.compile traces, with the original behind a switch.
-
-    Raises:
-        SeamError: The parameters differ, so that a caller of one could not call the other.
-    """
-    from torch.compiler import is_compiling
-
-    replacement = factory(original)
-    theirs, ours = (_parameters(function) for function in (original, replacement))
-    if theirs != ours:
-        raise SeamError(
-            f"{original.__qualname__} takes ({', '.join(theirs)}), "
-            f"our replacement takes ({', '.join(ours)})"
-        )
-
-    @functools.wraps(original)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if not switch.on:
-            return original(*args, **kwargs)
-        # Inside a graph there is nothing to count with; Dynamo drops the branch.
-        if not is_compiling():
-            count()
-        return replacement(*args, **kwargs)
-
-    assert isinstance(call, FunctionType)
-    return call
-
-
-def _parameters(function: FunctionType) -> list[str]:
-    kinds = inspect.Parameter
-    stars: dict[object, str] = {kinds.VAR_POSITIONAL: "*", kinds.VAR_KEYWORD: "**"}
-    return [
-        stars.get(p.kind, "") + p.name + ("" if p.default is p.empty else f"={p.default!r}")
-        for p in inspect.signature(function).parameters.values()
-    ]
+def _is_callable(raw: Any) -> bool:
+    if type(raw) in _layers.DESCRIPTORS:
+        return True
+    # A class keeps its identity: its methods are patched instead. A property is not called.
+    return callable(raw) and not isinstance(raw, type)
 
 
 def _owner(symbol: Symbol) -> tuple[Any, str]:
-    owner: Any = sys.modules[symbol.module]
+    owner: Any = sys.modules.get(symbol.module)
+    if owner is None:
+        raise SeamError(f"{symbol.module} is not imported")
     *path, name = symbol.qualname.split(".")
     for part in path:
         owner = inspect.getattr_static(owner, part, _MISSING)
@@ -237,18 +240,15 @@ def _owner(symbol: Symbol) -> tuple[Any, str]:
     return owner, name
 
 
-def _rebind(original: Any, ours: Any) -> list[tuple[dict[str, Any], str]]:
-    """Rebind what other modules had imported by name, by identity.
+def _rebind(old: Any, new: Any) -> None:
+    """Rebind what modules had imported by name, by identity.
 
     Over `__dict__` and never by attribute access, which would trigger lazy modules.
     """
-    rebound = []
     for module in list(sys.modules.values()):
-        if not isinstance(module, ModuleType):
+        if not issubclass(type(module), ModuleType):
             continue
         namespace = object.__getattribute__(module, "__dict__")
         for name, value in list(namespace.items()):
-            if value is original:
-                namespace[name] = ours
-                rebound.append((namespace, name))
-    return rebound
+            if value is old:
+                namespace[name] = new

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -60,6 +61,7 @@ class ProcessState:
         self.begins_run = False
         self._directory: Path | None = None
         self._started = time.time()
+        self._lock = threading.RLock()
 
     def open_files(self) -> None:
         """Make this process's files; where that fails vLLM runs on and `problems` says why."""
@@ -72,6 +74,7 @@ class ProcessState:
 
     def after_fork(self) -> None:
         """A forked child writes files of its own and counts its own calls."""
+        self._lock = threading.RLock()
         self.counters.reset()
         self._started = time.time()
         if self._directory is not None:
@@ -103,16 +106,18 @@ class ProcessState:
 
     def write(self) -> None:
         """Write the status file; a reader sees the old one or the new one, never half of one."""
-        if self._directory is None:
-            return
-        path = self._directory / f"{_rundir.file_stem()}.json"
-        temporary = path.with_suffix(".tmp")
-        try:
-            temporary.write_text(json.dumps(self.snapshot(), indent=1), encoding="utf-8")
-            temporary.replace(path)
-        except OSError as error:
-            self._directory = None
-            self._problem(f"no status file: {error}")
+        # Threads that import two targets at once write at once.
+        with self._lock:
+            if self._directory is None:
+                return
+            path = self._directory / f"{_rundir.file_stem()}.json"
+            temporary = path.with_suffix(".tmp")
+            try:
+                temporary.write_text(json.dumps(self.snapshot(), indent=1), encoding="utf-8")
+                temporary.replace(path)
+            except OSError as error:
+                self._directory = None
+                self._problem(f"no status file: {error}")
 
     def _problem(self, what: str) -> None:
         if what not in self.problems:

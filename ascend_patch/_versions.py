@@ -107,7 +107,7 @@ def version_of(name: str, root: Path | None = None) -> str | None:
         path = root / name / "_version.py"
         if path.is_file():
             found = re.search(
-                r"""^(?:__version__ = )?(?:version|__version__)\s*=\s*['"]([^'"]+)""",
+                r"""^(?:(?:version|__version__)\s*(?::\s*\w+\s*)?=\s*)+['"]([^'"]+)""",
                 path.read_text(encoding="utf-8", errors="replace"),
                 re.MULTILINE,
             )
