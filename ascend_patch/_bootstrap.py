@@ -28,6 +28,7 @@ doors: list[str] = []
 other_copies: list[str] = []
 _finder: Finder | None = None
 _value = ""
+_complaint = ""
 
 
 def open_door(door: str, place: str = "") -> None:
@@ -53,7 +54,9 @@ def open_door(door: str, place: str = "") -> None:
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) or getattr(error, "ascend_patch_fatal", False):
             raise
-        complain(f"could not be armed ({type(error).__name__}: {error}); vLLM runs as it was")
+        if finder() is None:
+            doors.clear()
+        _complain_once(f"could not be armed ({type(error).__name__}: {error}); vLLM runs as it was")
 
 
 def finder() -> Finder | None:
@@ -84,6 +87,14 @@ def complain(what: str) -> None:
         return
 
 
+def _complain_once(what: str) -> None:
+    # Each door that comes fails for the same reason.
+    global _complaint
+    if what != _complaint:
+        _complaint = what
+        complain(what)
+
+
 def _is_off(text: str) -> bool:
     return text.strip().lower() in OFF
 
@@ -104,9 +115,13 @@ def _arm() -> None:
     from ascend_patch._finder import Finder, Watch
 
     _finder = Finder(_callback_failed)
-    for package in HOST_PACKAGES:
-        _finder.watch(package, Watch(before=_host_is_imported, after=_host_was_imported))
-    _finder.arm()
+    try:
+        for package in HOST_PACKAGES:
+            _finder.watch(package, Watch(before=_host_is_imported, after=_host_was_imported))
+        _finder.arm()
+    except Exception:
+        _finder = None
+        raise
 
 
 def _arm_again() -> None:
