@@ -53,7 +53,7 @@ PATCH = Patch(
         Band(
             host="vllm",
             versions=">=0.16.0,<0.23.0",
-            releases=("0.18.0",),
+            releases=("0.17.0", "0.18.0"),
             targets=(
                 # Eager CPU servers call forward_cpu; compiled ones trace forward_native.
                 Target(
