@@ -29,7 +29,8 @@ def holds(function: Any, ours: Any) -> bool:
     waiting = [function]
     while waiting:
         for layer in layers(waiting.pop()):
-            if layer is ours:
+            # What wrapt gives for `owner.name` is bound, and knows what it was bound from.
+            if layer is ours or getattr(layer, "_self_parent", None) is ours:
                 return True
             if id(layer) in seen:
                 break
@@ -39,7 +40,7 @@ def holds(function: Any, ours: Any) -> bool:
                     held = cell.cell_contents
                 except ValueError:  # the cell is still empty
                     continue
-                if held is ours or type(held) in (FunctionType, MethodType, *DESCRIPTORS):
+                if type(held) in (FunctionType, MethodType, *DESCRIPTORS) or _is_proxy(held):
                     waiting.append(held)
     return False
 
@@ -55,9 +56,7 @@ def foreign(function: Any, *modules: str) -> str:
     for layer in layers(function):
         if type(layer) in DESCRIPTORS:
             continue
-        if type(layer).__module__.partition(".")[0] == "wrapt" or hasattr(
-            type(layer), "__wrapped__"
-        ):
+        if _is_proxy(layer):
             wrapper = getattr(layer, "_self_wrapper", None)
             where = getattr(wrapper, "__module__", None) or type(layer).__module__
             if where.partition(".")[0] != "ascend_patch":
@@ -70,3 +69,9 @@ def foreign(function: Any, *modules: str) -> str:
         elif type(layer).__module__.partition(".")[0] not in (*home, *sys.builtin_module_names):
             return f"a {type(layer).__qualname__} of {type(layer).__module__}"
     return ""
+
+
+def _is_proxy(function: Any) -> bool:
+    # The C types of some wrapt releases say that their module is `_wrappers`.
+    kind = type(function)
+    return kind.__module__.partition(".")[0] == "wrapt" or hasattr(kind, "__wrapped__")

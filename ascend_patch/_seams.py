@@ -81,7 +81,9 @@ class AttributeInstallation(Installation):
             self._ours = self._wrapped()
 
     def install(self) -> None:
-        if inspect.getattr_static(self._owner, self._name, _MISSING) is not self._raw:
+        # An inherited attribute may have changed: the base class can be a target of the same patch.
+        own = vars(self._owner).get(self._name, _MISSING)
+        if own is not (self._raw if self._had_own else _MISSING):
             raise SeamError(f"{self.target.symbol} changed while it was being replaced")
         try:
             setattr(self._owner, self._name, self._ours)

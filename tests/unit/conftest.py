@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from ascend_patch._apply import Applier
 from ascend_patch._finder import Finder, Watch
+from ascend_patch._plan import Decision
+from ascend_patch._registry import Band, Patch, Target
+from ascend_patch._state import PatchState, ProcessState
 
 
 class FinderSite:
@@ -49,3 +53,57 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FinderSite
         if name.startswith("ap_"):
             del sys.modules[name]
     assert made.errors == [], "a callback failed"
+
+
+class Bench:
+    """Patches of the test's own, on modules `ap_*` that the test makes, in this process."""
+
+    def __init__(self, finder: Finder) -> None:
+        self.finder = finder
+        self.state = ProcessState()
+        self.applier = Applier(self.state, finder)
+        self.decisions: dict[str, Decision] = {}
+
+    def declare(self, *targets: Target, name: str = "demo", requires: tuple[str, ...] = ()) -> None:
+        """Declare a patch that was decided to apply."""
+        band = Band("vllm", "", ("1.0",), targets)
+        patch = Patch(name, "1", "s", "w", "u", "r", (band,), requires=requires)
+        self.decisions[name] = Decision(patch, "armed", "because", band)
+        self.state.patches[name] = PatchState(name, "1", "armed", "because")
+
+    def arm(self, *targets: Target) -> PatchState:
+        """Wait for the modules of what was declared, and of these targets."""
+        if targets:
+            self.declare(*targets)
+        self.applier.arm(self.decisions)
+        return next(iter(self.state.patches.values()))
+
+
+@pytest.fixture
+def bench(site: FinderSite) -> Bench:
+    return Bench(site.finder)
+
+
+@pytest.fixture
+def ours() -> types.ModuleType:
+    """A module `ap_ours` of replacements: each says that it ran, and calls the original."""
+    module = types.ModuleType("ap_ours")
+
+    def host(wrapped, instance, args, kwargs):
+        return ["ours", *wrapped(*args, **kwargs)]
+
+    def function(original):
+        def ours(x):
+            return ["ours", *original(x)]
+
+        return ours
+
+    def method(original):
+        def ours(self, x):
+            return ["ours", *original(self, x)]
+
+        return ours
+
+    module.host, module.function, module.method = host, function, method
+    sys.modules["ap_ours"] = module
+    return module
