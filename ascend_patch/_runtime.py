@@ -6,6 +6,7 @@ It begins right before the code of `vllm` (or of `vllm_ascend`) runs for the fir
 from __future__ import annotations
 
 import importlib
+import multiprocessing.util
 import os
 import sys
 import threading
@@ -67,6 +68,7 @@ class Runtime:
             self._finder = finder
             self.state.open_files()
             os.register_at_fork(after_in_child=self._after_fork)
+            multiprocessing.util.register_after_fork(self.state, ProcessState.write)
             try:
                 self._decide_or_fail(finder)
             except Refusal as refusal:

@@ -60,11 +60,13 @@ class ProcessState:
         self.counters = Counters()
         self.begins_run = False
         self._directory: Path | None = None
+        self._files_of = 0
         self._started = time.time()
         self._lock = threading.RLock()
 
     def open_files(self) -> None:
         """Make this process's files; where that fails vLLM runs on and `problems` says why."""
+        self._files_of = os.getpid()
         try:
             self._directory, self.begins_run = _rundir.enter()
             self.counters.share(self._directory / f"{_rundir.file_stem()}.calls")
@@ -73,13 +75,15 @@ class ProcessState:
             self._problem(f"no status file: {error}")
 
     def after_fork(self) -> None:
-        """A forked child writes files of its own and counts its own calls."""
+        """A forked child counts its own calls, and has files of its own once it writes.
+
+        It writes nothing here: most forked children become another program at once (subprocess
+        with a preexec_fn, as Ray starts its daemons) and would stand in the status as processes
+        that they are not. Those of multiprocessing are told to write; see `Runtime.begin`.
+        """
         self._lock = threading.RLock()
         self.counters.reset()
         self._started = time.time()
-        if self._directory is not None:
-            self.open_files()
-            self.write()
 
     def snapshot(self) -> dict[str, Any]:
         """The record as plain data."""
@@ -108,6 +112,8 @@ class ProcessState:
         """Write the status file; a reader sees the old one or the new one, never half of one."""
         # Threads that import two targets at once write at once.
         with self._lock:
+            if self._directory is not None and self._files_of != os.getpid():
+                self.open_files()
             if self._directory is None:
                 return
             path = self._directory / f"{_rundir.file_stem()}.json"
