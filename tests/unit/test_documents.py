@@ -1,0 +1,48 @@
+"""What the documents say is what the code does."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from ascend_patch import _records
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_patches_is_the_registry_s():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/update_readme"), "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_recorded_release_is_named():
+    text = " ".join(README.split())
+    for host in ("vllm", "vllm_ascend"):
+        for release in _records.releases(host):
+            assert release in text, f"{host} {release} is recorded, and the README does not say so"
+
+
+def test_every_script_and_command_that_is_named_exists():
+    for name in set(re.findall(r"scripts/(\w+)", README)):
+        assert (ROOT / "scripts" / name).is_file(), name
+    commands = set(re.findall(r"`?ascend-patch (\w+)", README))
+    from ascend_patch.cli import _parser
+
+    text = _parser().format_help()
+    for command in commands:
+        assert command in text, command
+
+
+def test_modules_stay_small():
+    for path in [*ROOT.glob("ascend_patch/*.py"), *ROOT.glob("kernels/**/*.py")]:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 300, path
+    for path in ROOT.glob("ascend_patch/patches/patch_*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 150, path
