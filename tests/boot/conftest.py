@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 
 import pytest
-from house import House, copy_shim
-
-ROOT = Path(__file__).resolve().parents[2]
+from house import ROOT, House, base_python, copy_shim
 
 
 def pytest_configure(config):
@@ -51,7 +47,3 @@ def fake_vllm(tmp_path) -> Path:
     (package / "__init__.py").write_text("from vllm._version import __version__\n")
     (package / "_version.py").write_text("__version__ = '0.18.0'\n")
     return package.parent
-
-
-def base_python() -> str:
-    return os.path.realpath(getattr(sys, "_base_executable", sys.executable))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
 # What a process says about its start-up. `marks` is where the tests' own files leave their name.
 PROBE = """
 import sys
@@ -38,16 +39,30 @@ class House:
     site: Path
 
     @classmethod
-    def build(cls, folder: Path, base: str) -> House:
+    def build(cls, folder: Path, base: str, version: str = "") -> House:
         """Lay out what `python -m venv --without-pip` would, without starting a process."""
-        version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
-        site = folder / "lib" / version / "site-packages"
+        version = version or f"{sys.version_info[0]}.{sys.version_info[1]}"
+        site = folder / "lib" / f"python{version}" / "site-packages"
         site.mkdir(parents=True)
         (folder / "bin").mkdir()
-        (folder / "pyvenv.cfg").write_text(f"home = {os.path.dirname(base)}\n")
+        (folder / "pyvenv.cfg").write_text(
+            f"home = {os.path.dirname(base)}\ninclude-system-site-packages = false\n"
+        )
         python = folder / "bin" / "python"
         python.symlink_to(base)
         return cls(python, site)
+
+    @classmethod
+    def with_pip(cls, folder: Path, base: str) -> House:
+        """A virtual environment as the standard library makes it."""
+        done = start([base, "-m", "venv", str(folder)])
+        assert done.returncode == 0, done.stderr
+        (site,) = folder.glob("lib/python3*/site-packages")
+        return cls(folder / "bin" / "python", site)
+
+    def pip(self, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run this environment's pip."""
+        return self.run("-m", "pip", "--quiet", "--disable-pip-version-check", *words, **options)
 
     def install(self, shim: Path) -> None:
         """Put the shim into site-packages, as pip would."""
@@ -66,6 +81,11 @@ class House:
         return {**ast.literal_eval(done.stdout.splitlines()[-1]), "stderr": done.stderr}
 
 
+def base_python() -> str:
+    """The interpreter that the one running the tests was made from."""
+    return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+
+
 def start(
     words: list[str],
     *,
@@ -81,6 +101,9 @@ def start(
     if path:
         environment["PYTHONPATH"] = os.pathsep.join(map(str, path))
     environment.update(environ)
+    # An empty HOME is no HOME.
+    if environment.get("HOME") == "":
+        del environment["HOME"]
     return subprocess.run(
         words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
-from house import MARK, room
+from house import MARK, room, start
 
 USER = MARK.format("user")
 # As ddtrace does it: leave sys.path, give up the name, import again, come back.
@@ -124,6 +126,39 @@ def test_python_starts_whatever_is_in_front_and_chains_to_ours(what, house, chec
     said = house.boot(path=(folder, checkout))
     assert said["armed"] == 1
     assert "Traceback" not in said["stderr"]
+
+
+WITH_VLLM = [
+    pytest.param(
+        name,
+        marks=pytest.mark.xfail(
+            name == "empties the environment",
+            reason="until _runtime reads the selection from _bootstrap.value()",
+        ),
+    )
+    for name in HOSTILE
+    if name != "empties sys.path"
+]
+
+
+@pytest.mark.parametrize("what", WITH_VLLM)
+def test_vllm_is_patched_all_the_same(what, checkout, fake_vllm, tmp_path):
+    hostile = room(tmp_path / "hostile", HOSTILE[what])
+    code = (
+        "import sys; sys.path += [sys.argv[1]]\n"
+        "import vllm, ascend_patch\n"
+        "status = ascend_patch.status()\n"
+        "print(sorted(p['id'] for p in status['patches']), status['problems'])\n"
+    )
+    done = start(
+        [sys.executable, "-c", code, str(fake_vllm)],
+        path=(checkout, hostile),
+        ASCEND_PATCHES="rotary",
+        ASCEND_PATCHES_DEVICE="cpu",
+        ASCEND_PATCHES_STATUS_DIR=str(tmp_path / "status"),
+    )
+    assert (done.returncode, done.stdout) == (0, "['rotary'] []\n"), done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_an_exception_reads_as_it_does_without_us(house, checkout, tmp_path):
