@@ -145,7 +145,7 @@ WITH_VLLM = [
 def test_vllm_is_patched_all_the_same(what, checkout, fake_vllm, tmp_path):
     hostile = room(tmp_path / "hostile", HOSTILE[what])
     code = (
-        "import sys; sys.path += [sys.argv[1]]\n"
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import vllm, ascend_patch\n"
         "status = ascend_patch.status()\n"
         "print(sorted(p['id'] for p in status['patches']), status['problems'])\n"
