@@ -1,4 +1,4 @@
-"""vllm-ascend's registered RoPE operator, where the release computes it wrong."""
+"""vllm-ascend's RoPE, where the release computes it wrong."""
 
 from __future__ import annotations
 
@@ -46,3 +46,46 @@ def rope_forward_oot(original: FunctionType) -> Any:
         )
 
     return rope_forward_oot
+
+
+# Set on a layer when it is built; see `remember_whose_tables`.
+OWN_TABLES = "_ascend_patch_has_own_tables"
+
+
+def remember_whose_tables(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
+    """0.13.0: note at construction whether a layer's tables are those that the release shares.
+
+    The first layer that is built records its cache in a global, and every step gathers cos and sin
+    from it for all layers. Later the identity is lost where a cache is cast, so it is asked now.
+    """
+    wrapped(*args, **kwargs)
+    shared = wrapped.__func__.__globals__["_cos_sin_cache"]
+    setattr(instance, OWN_TABLES, instance.cos_sin_cache is not shared)
+
+
+def rope_forward_oot_0_13(original: FunctionType) -> Any:
+    """`_rope_forward_oot` of 0.13.0: a layer with tables of its own gets them.
+
+    A draft model, or a second kind of layer, has another base or scaling than the layer that came
+    first; the release rotates it by that one's angles. Everything else, and with it the operator
+    that the release's fusion pass looks for, stays as it is.
+    """
+
+    def _rope_forward_oot(
+        self: Any, positions: Any, query: Any, key: Any, is_neox_style: bool, offsets: Any = None
+    ) -> Any:
+        would_share = (
+            is_neox_style and self.head_size == 128 and self.cos_sin_cache.shape[-1] == 128
+        )
+        if offsets is None and would_share and getattr(self, OWN_TABLES, False):
+            return rotary_embedding(
+                positions,
+                query,
+                key,
+                self.cos_sin_cache,
+                head_size=self.head_size,
+                is_neox_style=is_neox_style,
+            )
+        return original(self, positions, query, key, is_neox_style, offsets)
+
+    return _rope_forward_oot

@@ -39,13 +39,22 @@ def _ascend_operator(name: str) -> Target:
     )
 
 
+def _remembers_whose_tables(name: str) -> Target:
+    """A class whose layers share the cos and sin that are gathered once a step."""
+    return Target(
+        symbol=f"{ASCEND}:{name}.__init__",
+        seam="host",
+        replacement=f"{ASCEND_IMPL}:remember_whose_tables",
+    )
+
+
 PATCH = Patch(
     id="rotary",
     version="1",
     summary="RoPE from cos_sin_cache and positions, in fp32, for any rotary_dim",
     why=(
-        "Releases round every product to the model's dtype, or read sine values from a wrong "
-        "offset where rotary_dim is not a power of two."
+        "Releases round every product to the model's dtype, read sines from a wrong offset where "
+        "rotary_dim is not a power of two, or rotate a draft model by the main model's angles."
     ),
     upstream="vllm-ascend #5450 (cos_sin_cache and positions) and #5799 (ApplyRotaryEmb)",
     remove_when="the release's own rotary operator passes `ascend-patch verify` on your models",
@@ -81,6 +90,26 @@ PATCH = Patch(
             versions="",
             releases=("releases/v0.13.0",),
             targets=(_ascend_operator("vllm::rope_forward_oot"),),
+        ),
+        Band(
+            host="vllm_ascend",
+            versions="",
+            releases=("0.13.0",),
+            targets=(
+                _remembers_whose_tables("AscendRotaryEmbedding"),
+                _remembers_whose_tables("AscendYaRNRotaryEmbedding"),
+                Target(
+                    symbol=f"{ASCEND}:_rope_forward_oot",
+                    seam="traced",
+                    replacement=f"{ASCEND_IMPL}:rope_forward_oot_0_13",
+                    context=(
+                        f"{ASCEND}:_record_cos_sin_cache",
+                        f"{ASCEND}:update_cos_sin",
+                        f"{ASCEND}:get_cos_and_sin_slice",
+                        f"{ASCEND}:AscendRotaryEmbedding.forward_oot",
+                    ),
+                ),
+            ),
         ),
     ),
     watch={"vllm": _watch.ROTARY, "vllm_ascend": _watch_ascend.ROTARY},
