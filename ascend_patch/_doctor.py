@@ -8,11 +8,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from ascend_patch import __version__, _plan, _registry, _rundir, _selection, _versions
+from ascend_patch import __version__, _doors, _plan, _registry, _rundir, _selection, _versions
+from ascend_patch._doors import Finding
 from ascend_patch._versions import Installed
 
 TESTED_PYTHONS = ((3, 10), (3, 12))
@@ -35,15 +35,6 @@ SHIM_MODULES = ("torch_npu.contrib.transfer_to_npu", "ddtrace", "opentelemetry.i
                 "vllm_ascend.patch.worker")  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at: `ok`, `note` or `wrong`, about what, and a sentence."""
-
-    level: str
-    about: str
-    text: str
-
-
 def examine(*, quick: bool = False) -> list[Finding]:
     """Look at everything.
 
@@ -58,9 +49,7 @@ def examine(*, quick: bool = False) -> list[Finding]:
         *_interpreter(),
         *_dependencies(),
         *_selected(),
-        *_door(),
-        *_sitecustomizes(),
-        *_copies(),
+        *_doors.examine(),
         *_host(installed),
         *_patches(installed),
         *_shims(),
@@ -101,78 +90,6 @@ def _selected() -> Iterator[Finding]:
         yield Finding("wrong", _selection.VARIABLE, str(error))
         return
     yield Finding("ok", _selection.VARIABLE, f"{value}: {', '.join(chosen.ids) or 'no patch'}")
-
-
-def _door() -> Iterator[Finding]:
-    """Ask a fresh process: nothing else tells what Python does at start-up."""
-    code = (
-        "import sys, json; m = sys.modules.get('ascend_patch._bootstrap'); "
-        "print(json.dumps([m.doors, m.__file__] if m else None))"
-    )
-    environment = {**os.environ, _selection.VARIABLE: "all"}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        found = json.loads(done.stdout.strip().splitlines()[-1])
-    except (OSError, ValueError, IndexError, subprocess.TimeoutExpired) as error:
-        yield Finding("wrong", "door", f"a fresh Python could not be asked ({error})")
-        return
-    if found is None:
-        yield Finding(
-            "wrong",
-            "door",
-            "closed: a fresh Python does not load the shim. Install ascend-patch into this "
-            "environment, or put its checkout on PYTHONPATH, or use `ascend-patch run -- CMD`",
-        )
-        return
-    doors, file = found
-    yield Finding("ok", "door", f"open, by {' and '.join(doors)}, from {Path(file).parent}")
-
-
-def _sitecustomizes() -> Iterator[Finding]:
-    ours = []
-    found = []
-    for entry in dict.fromkeys(os.path.abspath(entry or os.curdir) for entry in sys.path):
-        for path in (Path(entry, "sitecustomize.py"), Path(entry, "sitecustomize", "__init__.py")):
-            if path.is_file():
-                found.append(str(path))
-                if "ascend_patch" in path.read_text(encoding="utf-8", errors="replace"):
-                    ours.append(str(path))
-    if not found:
-        yield Finding("note", "sitecustomize", "none on sys.path (an editable install maps it)")
-        return
-    chain = " -> ".join(found)
-    if ours and found[0] not in ours:
-        yield Finding(
-            "note",
-            "sitecustomize",
-            f"{found[0]} shadows ours; the .pth file beside an installed shim opens the door. "
-            f"In order: {chain}",
-        )
-    elif len(ours) > 1:
-        yield Finding("note", "sitecustomize", f"ours is there {len(ours)} times: {chain}")
-    else:
-        yield Finding("ok", "sitecustomize", chain)
-
-
-def _copies() -> Iterator[Finding]:
-    """Two copies on sys.path: which of them runs depends on the order."""
-    here = Path(__file__).resolve().parent
-    others = [
-        path
-        for entry in dict.fromkeys(sys.path)
-        if (path := Path(entry or os.curdir, "ascend_patch").resolve()) != here
-        and (path / "_bootstrap.py").is_file()
-    ]
-    for path in others:
-        yield Finding(
-            "note", "ascend-patch", f"another copy lies at {path}; {here} is the one used"
-        )
 
 
 def _host(installed: Installed) -> Iterator[Finding]:

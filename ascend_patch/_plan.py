@@ -105,7 +105,7 @@ def decide(patch: Patch, installed: Installed) -> Decision:
             return Decision(
                 patch,
                 "armed",
-                f"the source is that of {band.host} {match.agreeing[-1]}",
+                f"the source is that of {band.host} {' and '.join(match.agreeing)}",
                 band,
                 match.agreeing,
             )

@@ -104,9 +104,11 @@ class Runtime:
         from ascend_patch._apply import Applier
 
         registry = _registry.load()
+        # Not os.environ: a neighbour's sitecustomize may have emptied it since the door opened.
+        wanted = _bootstrap.value()
         try:
             selection = _selection.parse(
-                os.environ.get(_selection.VARIABLE, ""),
+                wanted,
                 tuple(registry),
                 tuple(name for name, patch in registry.items() if patch.available),
             )
@@ -114,7 +116,7 @@ class Runtime:
         except (_selection.SelectionError, _versions.DeviceError) as error:
             raise Refusal(str(error)) from None
         self.state.facts.update(
-            selection=os.environ.get(_selection.VARIABLE, ""),
+            selection=wanted,
             host=installed.host,
             host_reason=installed.host_reason,
             versions=dict(installed.versions),

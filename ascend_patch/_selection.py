@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from ascend_patch._bootstrap import OFF
 
 VARIABLE = "ASCEND_PATCHES"
+LONGEST_SHOWN = 200
 
 
 class SelectionError(ValueError):
@@ -78,6 +79,11 @@ def _sentence(value: str, entry: str, what: str, known: Collection[str]) -> str:
     hint = f" Did you mean `{near[0]}`?" if near else ""
     names = ", ".join(known)
     return (
-        f"{VARIABLE}={value!r}: {what}: {entry!r}.{hint} "
+        f"{VARIABLE}={_shown(value)}: {what}: {_shown(entry)}.{hint} "
         f"Write `all`, or names out of: {names}; `all,-name` leaves one out; `none` is off."
     )
+
+
+def _shown(text: str) -> str:
+    """A value as a message has it: one line, however long it is."""
+    return repr(text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}...")

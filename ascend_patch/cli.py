@@ -154,7 +154,8 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         return _run.run(words)
     except _run.RunError as error:
-        return _complain(str(error), arguments.json)
+        _complain(str(error), arguments.json)
+        return error.status
 
 
 def _print_json(value: Any) -> int:

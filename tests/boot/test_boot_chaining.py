@@ -128,17 +128,7 @@ def test_python_starts_whatever_is_in_front_and_chains_to_ours(what, house, chec
     assert "Traceback" not in said["stderr"]
 
 
-WITH_VLLM = [
-    pytest.param(
-        name,
-        marks=pytest.mark.xfail(
-            name == "empties the environment",
-            reason="until _runtime reads the selection from _bootstrap.value()",
-        ),
-    )
-    for name in HOSTILE
-    if name != "empties sys.path"
-]
+WITH_VLLM = [name for name in HOSTILE if name != "empties sys.path"]
 
 
 @pytest.mark.parametrize("what", WITH_VLLM)

@@ -109,7 +109,7 @@ def test_doctor_names_a_sitecustomize_that_shadows_ours(
     stranger = tmp_path / "stranger"
     stranger.mkdir()
     (stranger / "sitecustomize.py").write_text("", encoding="utf-8")
-    monkeypatch.setattr(sys, "path", [str(stranger), str(checkout), *sys.path])
+    monkeypatch.setattr(sys, "path", ["", str(stranger), str(checkout), *sys.path])
     _, out, _ = run(capsys, "doctor", "--quick", "--json")
     found = [f for f in json.loads(out)["findings"] if f["about"] == "sitecustomize"]
     assert len(found) == 1
@@ -126,7 +126,7 @@ def checkout():
 
 def test_run_without_a_command_is_a_sentence(capsys, installed):
     status, _, err = run(capsys, "run", "--")
-    assert status == 1
+    assert status == 2
     assert err.startswith("ascend-patch: ")
 
 
