@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from _frozen_importlib import ModuleSpec
-from _thread import get_ident
+from _thread import LockType, allocate_lock, get_ident
 
 from ascend_patch._loaders import (
     InProgress,
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from types import ModuleType
     from typing import Any
+
+# How long an import waits for what another thread does before its package's code.
+GATE_SECONDS = 10.0
 
 
 class Watch:
@@ -65,6 +68,7 @@ class Finder:
         self._watches: dict[str, list[Watch]] = {}
         self._searching: set[tuple[int, str]] = set()
         self._running: list[int] = []
+        self._gates: dict[str, tuple[int, LockType]] = {}
         self._on_error = on_error
 
     def arm(self) -> None:
@@ -137,7 +141,7 @@ class Finder:
                 self._watches.pop(name, None)
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname not in self._watches:
+        if fullname not in self._watches and not (self._gates and self._gate(fullname)):
             return None
         # A finder behind us may ask importlib for the same name again: it gets no answer from us.
         searching = (get_ident(), fullname)
@@ -188,9 +192,31 @@ class Finder:
         return Running(self._running, spec)
 
     def run_before(self, spec: ModuleSpec) -> None:
-        for watch in tuple(self._watches.get(spec.name, ())):
-            if watch.before is not None:
-                self._call(spec.name, watch.before, spec)
+        watches = [watch for watch in self._watches.get(spec.name, ()) if watch.before is not None]
+        if not watches:
+            return
+        # Importing a submodule does not wait for a package that another thread is importing. What
+        # the callbacks decide to watch in it must not slip by in the meantime.
+        gate = allocate_lock()
+        gate.acquire()
+        self._gates[spec.name] = (get_ident(), gate)
+        try:
+            for watch in watches:
+                if watch.before is not None:
+                    self._call(spec.name, watch.before, spec)
+        finally:
+            del self._gates[spec.name]
+            gate.release()
+
+    def wait_at_gate(self, fullname: str) -> None:
+        """Wait here and not in find_spec, where importlib holds a lock that all imports need."""
+        gate = self._gate(fullname)
+        if gate is not None and gate.acquire(timeout=GATE_SECONDS):
+            gate.release()
+
+    def _gate(self, fullname: str) -> LockType | None:
+        owner, gate = self._gates.get(fullname.partition(".")[0], (get_ident(), None))
+        return None if owner == get_ident() else gate
 
     def run_after(self, module: ModuleType) -> None:
         spec = values(module).get("__spec__")

@@ -57,6 +57,8 @@ class Loader(Proxy):
             spec.loader = self._ascend_original
         if getattr(module, "__loader__", None) is self:
             module.__loader__ = self._ascend_original
+        if spec is not None:
+            self._ascend_finder.wait_at_gate(spec.name)
         with self._ascend_finder.running(spec):
             if spec is not None:
                 self._ascend_finder.run_before(spec)

@@ -249,3 +249,31 @@ def test_ten_threads_that_import_at_once_all_see_the_module_patched(site):
         "before ap_m",
         "before ap_o",
     ]
+
+
+def test_a_submodule_waits_for_what_is_done_before_its_package(site):
+    """Python itself lets another thread import `ap_p.mod` while `ap_p` is half imported."""
+    site.write("ap_p.__init__", "value = 1\n")
+    site.write("ap_p.mod", "value = 2\n")
+    begun, decided = threading.Event(), threading.Event()
+
+    def begin(_):
+        begun.set()
+        decided.wait(20)
+        site.watch("ap_p.mod")
+
+    site.finder.watch("ap_p", Watch(before=begin))
+    names = ("ap_p", "ap_p.mod")
+    threads = [
+        threading.Thread(target=importlib.import_module, args=(name,), daemon=True)
+        for name in names
+    ]
+    threads[0].start()
+    assert begun.wait(20)
+    threads[1].start()
+    threads[1].join(0.2)
+    assert threads[1].is_alive()
+    decided.set()
+    for thread in threads:
+        thread.join(20)
+    assert site.calls == ["before ap_p.mod", "after ap_p.mod value=2"]

@@ -1,0 +1,291 @@
+"""The record of a process, its counters, and the directory that holds them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from ascend_patch import _calls, _rundir, _state
+from ascend_patch._calls import SLOTS, Counters
+from ascend_patch._state import PatchState, ProcessState, TargetState
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    path = tmp_path / "status"
+    monkeypatch.setenv("ASCEND_PATCHES_STATUS_DIR", str(path))
+    monkeypatch.setenv("ASCEND_PATCHES_RUN", "")
+    return path
+
+
+@pytest.fixture
+def state(root):
+    made = ProcessState()
+    made.open_files()
+    made.write()
+    return made
+
+
+def status_file(root: Path) -> Path:
+    (found,) = root.glob("*/*.json")
+    return found
+
+
+# Counters
+
+
+def test_counters_are_read_by_another_process_while_this_one_runs(tmp_path):
+    counters = Counters()
+    first, second = counters.counter("first"), counters.counter("second")
+    first()
+    counters.share(tmp_path / "x.calls")
+    first(), second()
+    script = (
+        "import sys; from pathlib import Path; from ascend_patch._calls import read;"
+        "print(read(Path(sys.argv[1]), ['first', 'second']))"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "x.calls")]
+    repository = str(Path(_calls.__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=repository)
+    assert done.stdout.strip() == "{'first': 2, 'second': 1}", done.stderr
+
+
+def test_more_counters_than_slots_share_the_last_one():
+    counters = Counters()
+    count = [counters.counter(f"n{i}") for i in range(SLOTS + 3)]
+    count[0](), count[SLOTS + 2]()
+    assert counters.value("n0") == 1
+    assert counters.value("n1") == 0
+    assert counters.value(f"n{SLOTS + 2}") == counters.value(f"n{SLOTS - 1}") == 1
+
+
+def test_a_name_that_was_never_counted_is_zero():
+    assert Counters().value("nobody") == 0
+
+
+def test_the_same_name_counted_twice_is_one_counter():
+    counters = Counters()
+    counters.counter("a")(), counters.counter("a")()
+    assert (counters.value("a"), counters.names) == (2, ["a"])
+
+
+def test_threads_that_make_counters_at_once_make_each_once():
+    counters = Counters()
+    names = [f"n{i % 7}" for i in range(70)]
+    threads = [threading.Thread(target=counters.counter, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(counters.names) == sorted(set(names))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"odd"], ids=["missing", "empty", "cut off"])
+def test_a_counter_file_that_is_no_good_reads_as_nothing(tmp_path, content):
+    path = tmp_path / "x.calls"
+    if content is not None:
+        path.write_bytes(content)
+    assert _calls.read(path, ["a"]) == {}
+
+
+# The status file
+
+
+def test_a_snapshot_is_plain_data(state):
+    state.patches["demo"] = PatchState(
+        "demo", "1", "applied", "because", targets=[TargetState("vllm.ops:f", "host", "applied")]
+    )
+    state.counters.counter("demo/vllm.ops:f")()
+    state.counters.counter("kernel/rope")()
+    found = json.loads(json.dumps(state.snapshot()))
+    assert found["patches"][0]["targets"][0]["calls"] == 1
+    assert found["kernels"] == {"rope": 1}
+    assert found["pid"] == os.getpid()
+
+
+def test_the_status_file_is_replaced_and_never_half_written(state, root, monkeypatch):
+    before = status_file(root).read_text()
+
+    def fails(*_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Path, "replace", fails)
+    state.facts["new"] = 1
+    state.write()
+    assert status_file(root).read_text() == before
+    assert state.problems == ["no status file: the disk is full"]
+
+
+def test_threads_write_one_status_file_without_a_problem(state, root):
+    def work():
+        for _ in range(20):
+            state.write()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert state.problems == []
+    assert json.loads(status_file(root).read_text())["pid"] == os.getpid()
+
+
+def test_a_command_line_that_is_not_text_is_no_problem(state, root, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "a\udc80\nb"])
+    state.write()
+    assert json.loads(status_file(root).read_text())["command"] == "python a\udc80 b"
+
+
+@pytest.mark.parametrize("obstacle", ["a file", "read-only parent", "somebody else's"])
+def test_without_a_directory_one_line_says_so_and_counting_goes_on(
+    root, monkeypatch, capfd, obstacle
+):
+    if obstacle == "a file":
+        root.write_text("")
+    elif obstacle == "somebody else's":
+        root.mkdir()
+        monkeypatch.setattr(os, "getuid", lambda: 123456)
+    else:
+        monkeypatch.setenv("ASCEND_PATCHES_STATUS_DIR", "/proc/nowhere")
+    state = ProcessState()
+    state.open_files()
+    state.write()
+    count = state.counters.counter("a")
+    count()
+    assert state.counters.value("a") == 1
+    (problem,) = state.problems
+    assert "set ASCEND_PATCHES_STATUS_DIR" in problem
+    assert len(capfd.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "role"), [("MainProcess", "front end"), ("EngineCore_0", "EngineCore_0")]
+)
+def test_a_role_is_what_vllm_calls_the_process(monkeypatch, name, role):
+    import multiprocessing
+
+    monkeypatch.setattr(multiprocessing.process.current_process(), "_name", name)
+    assert _state.role() == role
+
+
+def test_a_ray_worker_is_known_by_its_script(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", object())
+    monkeypatch.setattr(sys, "argv", ["/x/ray/_private/workers/default_worker.py"])
+    assert _state.role() == "ray worker"
+
+
+# The run directory
+
+
+def test_a_child_joins_the_run_of_its_parent(root, state):
+    assert state.begins_run
+    again = ProcessState()
+    again.open_files()
+    assert not again.begins_run
+    assert len(_rundir.runs(root)) == 1
+
+
+@pytest.mark.parametrize("run", ["gone", "..", ".", "a/../..", "../status"])
+def test_a_run_that_is_not_one_of_ours_is_not_joined(root, monkeypatch, run):
+    root.mkdir()
+    monkeypatch.setenv("ASCEND_PATCHES_RUN", run)
+    path, begins = _rundir.enter()
+    assert begins
+    assert path.parent == root
+    assert path.name == os.environ["ASCEND_PATCHES_RUN"] != run
+
+
+def test_the_directory_is_the_users_own(root, state):
+    assert root.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_the_runtime_directory_is_used_where_it_can_be(tmp_path, monkeypatch, writable):
+    monkeypatch.delenv("ASCEND_PATCHES_STATUS_DIR", raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path if writable else tmp_path / "gone"))
+    expected = tmp_path / "ascend-patch" if writable else f"ascend-patch-{os.getuid()}"
+    assert str(_rundir.base()).endswith(str(expected))
+
+
+def make_run(root: Path, name: str, *stems: str, age: float = 3600) -> Path:
+    path = root / name
+    path.mkdir(parents=True)
+    for stem in stems:
+        (path / f"{stem}.json").write_text("{}")
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+def prune(root: Path) -> list[str]:
+    _rundir.prune(root, keep=0)
+    return sorted(path.name for path in root.iterdir())
+
+
+def dead_pid() -> int:
+    child = subprocess.Popen(["true"])
+    child.wait()
+    return child.pid
+
+
+def test_runs_without_a_living_process_are_pruned_and_others_kept(root):
+    make_run(root, "alive", _rundir.file_stem())
+    make_run(root, "dead", f"{dead_pid()}-1")
+    assert prune(root) == ["alive"]
+
+
+def test_a_process_id_that_was_used_again_is_not_the_old_process(root):
+    make_run(root, "reused", f"{os.getpid()}-{_rundir.start_time(os.getpid()) + 1}")
+    assert prune(root) == []
+
+
+def test_a_zombie_is_not_alive(root):
+    child = subprocess.Popen(["true"])
+    started = _rundir.start_time(child.pid)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert _rundir.is_alive(child.pid, started) is False
+    child.wait()
+
+
+def test_a_run_that_is_being_made_is_not_pruned(root):
+    make_run(root, "starting", age=0)
+    make_run(root, "left behind")
+    assert prune(root) == ["starting"]
+
+
+def test_the_newest_ended_runs_are_kept(root):
+    for age in (1000, 2000, 3000):
+        make_run(root, f"age{age}", f"{dead_pid()}-1", age=age)
+    _rundir.prune(root, keep=1)
+    assert [path.name for path in _rundir.runs(root)] == ["age1000"]
+
+
+@pytest.mark.parametrize("stem", ["99999999999999999999-1", "²-1", "x-y", "1", ""])
+def test_odd_file_names_do_no_harm(root, stem):
+    make_run(root, "odd", stem)
+    assert prune(root) == []
+
+
+def test_a_link_is_not_followed(root, tmp_path):
+    target = make_run(tmp_path, "precious")
+    root.mkdir()
+    (root / "link").symlink_to(target)
+    prune(root)
+    assert target.is_dir()
+
+
+def test_the_start_time_survives_an_odd_command_name(tmp_path):
+    link = tmp_path / "a) b (c"
+    link.symlink_to("/bin/sleep")
+    child = subprocess.Popen([str(link), "30"])
+    try:
+        assert _rundir.start_time(child.pid) >= _rundir.start_time(os.getpid()) > 0
+    finally:
+        child.kill()
+        child.wait()
