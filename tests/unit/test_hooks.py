@@ -1,0 +1,141 @@
+"""The shim's own hooks in vLLM, on modules that look like those of several releases."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+
+from ascend_patch import _hooks
+from ascend_patch._runtime import Refusal
+
+
+def envs(source: str) -> types.ModuleType:
+    module = types.ModuleType("vllm.envs")
+    exec(source, vars(module))
+    return module
+
+
+NEW = (
+    "environment_variables = {'VLLM_X': lambda: 1}\n"
+    "def compile_factors():\n"
+    "    return {name: get() for name, get in environment_variables.items()}\n"
+)
+OLD = "environment_variables = {}\ndef compute_hash():\n    return 'hash of a fixed list'\n"
+
+
+def runtime(digest: str) -> types.SimpleNamespace:
+    return types.SimpleNamespace(digest=digest)
+
+
+def test_nothing_planned_leaves_the_factors_as_they_were():
+    module = envs(NEW)
+    _hooks.key_compile_cache(module, runtime(""))
+    assert module.compile_factors() == {"VLLM_X": 1}
+
+
+def test_planned_patches_are_one_more_factor():
+    module = envs(NEW)
+    _hooks.key_compile_cache(module, runtime("abc"))
+    assert module.compile_factors() == {"VLLM_X": 1, _hooks.KEY_VARIABLE: "abc"}
+
+
+@pytest.mark.parametrize(("digest", "found"), [("", ""), ("abc", "-abc"), ("other", "-other")])
+def test_a_release_that_hashes_a_fixed_list_has_its_hash_extended(digest, found):
+    module = envs(OLD)
+    _hooks.key_compile_cache(module, runtime(digest))
+    assert module.compute_hash() == f"hash of a fixed list{found}"
+
+
+def model_loader(loader) -> types.ModuleType:
+    module = types.ModuleType("vllm.model_executor.model_loader")
+    module.get_model_loader = lambda load_config: loader
+    return module
+
+
+class Loader:
+    def load_model(self, *, prefix=""):
+        return f"model {prefix}"
+
+
+Sealed = type("Sealed", (), {"__slots__": (), "load_model": Loader.load_model})
+
+
+@pytest.mark.parametrize(("loader", "told"), [(Loader(), 1), (Sealed(), 0)], ids=["open", "sealed"])
+def test_a_model_is_loaded_and_told_where_the_loader_allows_it(loader, told):
+    times = []
+    module = model_loader(loader)
+    found = types.SimpleNamespace(model_is_loaded=lambda: times.append(1))
+    _hooks.tell_when_loaded(module, found)
+    assert module.get_model_loader(None).load_model(prefix="x") == "model x"
+    assert len(times) == told
+
+
+def test_a_refusal_after_the_model_is_loaded_ends_the_process():
+    def refuse():
+        raise Refusal("no")
+
+    module = model_loader(Loader())
+    _hooks.tell_when_loaded(module, types.SimpleNamespace(model_is_loaded=refuse))
+    with pytest.raises(SystemExit, match="ascend-patch: no"):
+        module.get_model_loader(None).load_model()
+
+
+def test_a_fault_while_targets_are_looked_at_again_is_recorded_and_no_more(host):
+    host.patches('patch("demo", target("vllm.ops:f"))')
+    found = host.run(
+        "from vllm.model_executor.model_loader import get_model_loader\n"
+        "from ascend_patch._apply import Applier\n"
+        "Applier.check = lambda self: 1 / 0\n"
+        "print(get_model_loader().load_model())\n"
+    )
+    assert found.out == "model\n"
+    assert any("ZeroDivisionError" in problem for problem in found.state["problems"])
+
+
+def test_a_release_without_a_seam_is_served_and_the_problem_is_named(host):
+    host.patches('patch("demo", target("vllm.ops:f"))')
+    host.write("vllm.model_executor.model_loader", "def load():\n    return 'model'\n")
+    found = host.run("from vllm.model_executor.model_loader import load\nprint(load())", fails=True)
+    assert (found.code, found.out) == (0, "model\n")
+    assert any("get_model_loader" in problem for problem in found.state["problems"])
+
+
+class RayDistributedExecutor:
+    def _init_workers_ray(self, placement_group, **ray_remote_kwargs):
+        return placement_group, ray_remote_kwargs
+
+
+@pytest.fixture
+def executor(monkeypatch):
+    """A fake executor with our hook, in an environment with two of our variables."""
+    monkeypatch.setenv("ASCEND_PATCHES", "all")
+    monkeypatch.setenv("ASCEND_PATCHES_RUN", "20260101T000000-1")
+    monkeypatch.setenv("UNRELATED", "1")
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    copy = type("RayDistributedExecutor", (), dict(vars(RayDistributedExecutor)))
+    _hooks.carry_to_ray(types.SimpleNamespace(RayDistributedExecutor=copy))
+    return copy()
+
+
+OURS = {"ASCEND_PATCHES": "all", "ASCEND_PATCHES_RUN": "20260101T000000-1"}
+
+
+def test_ray_workers_get_our_variables_at_process_start(executor):
+    group, given = executor._init_workers_ray("group", num_gpus=1)
+    assert group == "group"
+    assert given == {"num_gpus": 1, "runtime_env": {"env_vars": OURS}}
+
+
+def test_what_a_user_gives_ray_workers_wins_and_is_kept(executor):
+    theirs = {"working_dir": "/w", "env_vars": {"ASCEND_PATCHES": "none", "A": "b"}}
+    _, given = executor._init_workers_ray("group", runtime_env=theirs)
+    assert given["runtime_env"]["working_dir"] == "/w"
+    assert given["runtime_env"]["env_vars"] == {**OURS, "ASCEND_PATCHES": "none", "A": "b"}
+
+
+def test_ray_workers_get_pythonpath_only_where_the_shim_came_from_it(executor, monkeypatch):
+    assert "PYTHONPATH" not in _hooks.carried_variables()
+    root = str(__import__("pathlib").Path(_hooks.__file__).parents[1])
+    monkeypatch.setenv("PYTHONPATH", f"/elsewhere:{root}")
+    assert _hooks.carried_variables()["PYTHONPATH"] == f"/elsewhere:{root}"
