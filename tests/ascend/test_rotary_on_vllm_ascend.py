@@ -1,4 +1,4 @@
-"""patch_rotary on the host that runs on an NPU: vllm-ascend 0.18.0's own operator and kernel."""
+"""patch_rotary on the host that runs on an NPU: vllm-ascend's own operator and kernel."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ WRONG = (96, 192)
 RIGHT = (64, 128)
 
 
-@pytest.fixture(scope="module")
-def ascend() -> Environment:
-    environment = Environment("0.18.0")
+@pytest.fixture(scope="module", params=["0.18.0", "0.23.0"])
+def ascend(request) -> Environment:
+    environment = Environment(request.param)
     environment.build()
     return environment
 
