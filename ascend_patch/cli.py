@@ -35,6 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         status: int = arguments.command(arguments)
+    except ModuleNotFoundError as error:
+        if error.name not in ("packaging", "wrapt"):
+            raise
+        return _complain(
+            f"{error.name} is missing, so nothing is patched; pip install {error.name}",
+            arguments.json,
+        )
     except BrokenPipeError:
         # The reader, `head` for example, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
