@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ascend_patch.kernels import dispatch
-from ascend_patch.kernels.rope import checks, reference
+from ascend_patch.kernels.rope import checks, reference, triton_call
 
 NAMESPACE = "ascend_patch"
 OPERATOR = "rotary_embedding"
@@ -36,6 +36,7 @@ dispatch.register(
     dispatch.ANY_DEVICE,
     dispatch.Implementation("reference", reference.rotary_embedding_into),
 )
+triton_call.register(OPERATOR)
 
 
 def _functional(

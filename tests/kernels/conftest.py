@@ -21,6 +21,15 @@ def seed() -> int:
     return value
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device type that a kernel test runs on; skipped where this machine has none."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU: torch.cuda.is_available() is False")
+    return str(request.param)
+
+
 @pytest.fixture
 def poison() -> Iterator[None]:
     """Have torch fill fresh memory with NaN, so that an element nobody wrote is seen."""

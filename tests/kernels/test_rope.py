@@ -1,4 +1,8 @@
-"""rotary_embedding against the fp64 oracle, over the shapes in cases.py."""
+"""rotary_embedding against the fp64 oracle, over the shapes in cases.py, on each device there is.
+
+On CPU that judges the torch reference, on CUDA the Triton kernel. test_rope_interpreter.py runs the
+same kernel on CPU, test_rope_ascend.py compiles it for Ascend.
+"""
 
 from __future__ import annotations
 
@@ -7,31 +11,12 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import rope_oracle as oracle  # noqa: E402
+from rope_judge import run_and_judge  # noqa: E402
 
 from ascend_patch.kernels import rope  # noqa: E402
 from ascend_patch.kernels.rope import cases  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poison")
-
-
-def run_and_judge(case: cases.RopeCase, seed: int) -> None:
-    positions, query, key, cache = cases.make_inputs(case, seed)
-    before = query.clone(), None if key is None else key.clone()
-    got_query, got_key = rope.rotary_embedding(positions, query, key, cache, **case.options)
-
-    phase = oracle.phases(positions, cache, case.mrope_section, case.mrope_interleaved)
-    for got, x, original in ((got_query, query, before[0]), (got_key, key, before[1])):
-        if x is None:
-            assert got is None
-            continue
-        assert torch.equal(x, original), "the functional form changed its input"
-        assert got.dtype == x.dtype
-        assert got.shape == x.shape
-        assert got.is_contiguous()
-        oracle.assert_close(got, oracle.rotate(x, phase, case.head_size, case.is_neox_style))
-        heads = (x.shape[0], x.shape[1] // case.head_size, case.head_size)
-        passed, untouched = (t.reshape(heads)[..., case.rotary_dim :] for t in (got, x))
-        assert torch.equal(passed, untouched), "elements past rotary_dim changed"
 
 
 def test_poison_is_visible():
@@ -40,25 +25,25 @@ def test_poison_is_visible():
 
 
 @pytest.mark.parametrize("case", cases.correctness_cases(), ids=str)
-def test_matches_oracle(case, seed):
-    run_and_judge(case, seed)
+def test_matches_oracle(case, seed, device):
+    run_and_judge(case, seed, device)
 
 
 @pytest.mark.parametrize("case", cases.mrope_cases(), ids=str)
-def test_mrope_matches_oracle(case, seed):
-    run_and_judge(case, seed)
+def test_mrope_matches_oracle(case, seed, device):
+    run_and_judge(case, seed, device)
 
 
 @pytest.mark.parametrize("case", cases.large_cases(), ids=str)
-def test_long_prefill_matches_oracle(case, seed):
-    run_and_judge(case, seed)
+def test_long_prefill_matches_oracle(case, seed, device):
+    run_and_judge(case, seed, device)
 
 
 @pytest.mark.parametrize(
     "case", [c for c in cases.serving_cases() if c.tokens <= 64 and c.name != "phi-2"], ids=str
 )
-def test_models_match_oracle(case, seed):
-    run_and_judge(case, seed)
+def test_models_match_oracle(case, seed, device):
+    run_and_judge(case, seed, device)
 
 
 def test_every_axis_value_is_covered():
