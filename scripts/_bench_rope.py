@@ -198,10 +198,10 @@ def measure(shape: tuple[int, ...], tokens: int) -> list[dict[str, Any]]:
     size, part = 4 * whole.numel(), 4 * turned.numel()
     variants: dict[str, tuple[Callable[[], Any], int]] = {
         "empty": (lambda: empty((1, 1, 1), (32, 1, 1), ()), 0),
-        "copy": (lambda: target.copy_(whole), size),
+        "copy": (lambda: copy(target, whole), size),
         "ours": (lambda: rope.rotary_embedding(*call, **options), size),
         "compiled": (lambda: compiled(*call), size),
-        "copy in place": (lambda: target[: turned.numel()].copy_(turned), part),
+        "copy in place": (lambda: copy(target[: turned.numel()], turned), part),
         "ours in place": (lambda: ours_in_place(*twins), part),
         "cuda": (lambda: cuda(*twins), part),
     }
@@ -216,6 +216,12 @@ def measure(shape: tuple[int, ...], tokens: int) -> list[dict[str, Any]]:
         print(" ".join(f"{value!s:>13}" for value in row), flush=True)
         rows.append(dict(zip(COLUMNS, row, strict=True)))
     return rows
+
+
+def copy(target: Any, source: Any) -> None:
+    """A device copy, in pieces: a single one past 512 MiB is slower on some drivers."""
+    for to, piece in zip(target.split(2**27), source.split(2**27), strict=True):
+        to.copy_(piece)
 
 
 def replay(run: Callable[[], Any], replays: int = REPLAYS) -> tuple[float, float]:
@@ -249,35 +255,34 @@ def replay(run: Callable[[], Any], replays: int = REPLAYS) -> tuple[float, float
 
 
 def sweep(token_counts: Any) -> None:
-    """Time our kernel's tiles and grids; the table in kernels/rope/tiles.py is made from this."""
-    import torch
-
+    """Time our kernel's variants; the figures in kernels/rope/tiles.py come from this."""
     from ascend_patch.kernels.rope import tiles, triton_call
     from ascend_patch.kernels.rope.triton_kernel import rotary_kernel
 
-    cores = triton_call.core_count("cuda", 0)
     for shape, tokens in itertools.product(SHAPES, token_counts):
         positions, query, key, cache = inputs(shape, tokens)
-        out = torch.empty_like(query.contiguous()), torch.empty_like(key.contiguous())
+        out = query.contiguous(), key.contiguous()
         call = (*out, positions, query, key, cache, shape[2], True, None, False)
-        plan = triton_call.plan_of(*call)
+        plan = triton_call.plan_of(tokens, *call)
         found: list[tuple[float, str]] = []
-        narrow = sorted({(plan.query_tile, plan.key_tile), (min(plan.query_tile, 8),) * 2})
-        for (q_tile, k_tile), warps in itertools.product(narrow, (1, 2, 4, 8)):
-            k_tile = min(k_tile, tiles.next_power_of_two(shape[1]))
-            trial = replace(plan, query_tile=q_tile, key_tile=k_tile)
+        for most, warps, split in itertools.product((4, 8, 16, 32, 64), (1, 2, 4, 8), (1, 0)):
+            heads = [tiles.head_tile(n, most) for n in shape[:2]]
+            if most > 2 * max(heads):
+                continue
+            trial = replace(
+                plan, query_tile=heads[0], key_tile=heads[1], num_warps=warps, split=bool(split)
+            )
             values, constants = triton_call.arguments(tokens, trial, *call)
-            full = cores * 64 // warps
-            for grid in sorted({min(tokens, n) for n in (full // 2, full, 2 * full, 65535)}):
+            grid = tiles.grid(trial, tokens, *shape[:2])
 
-                def run(g: int = grid, v: Any = values, c: Any = constants, w: int = warps) -> None:
-                    rotary_kernel[(g,)](*v, **c, num_warps=w)
+            def run(g: Any = grid, v: Any = values, c: Any = constants, w: int = warps) -> None:
+                rotary_kernel[g](*v, **c, num_warps=w, enable_fp_fusion=False)
 
-                p50, _ = replay(run, 100)
-                found.append((p50, f"tile {q_tile}/{k_tile} warps {warps} grid {grid}"))
+            found.append((replay(run, 100)[0], f"{heads} warps {warps} split {split}"))
         found.sort()
-        print(shape, tokens, *(f"{p50:.2f} us {what};" for p50, what in found[:5]), flush=True)
-        print("   worst", f"{found[-1][0]:.2f} us {found[-1][1]}", flush=True)
+        print(shape, tokens, *(f"{p50:.2f} us {what};" for p50, what in found[:6]), flush=True)
+        mine = replay(lambda c=call: triton_call.rotary_embedding_into(*c), 100)
+        print(f"   the table's: {mine[0]:.2f} us", flush=True)
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]], facts: dict[str, str]) -> None:

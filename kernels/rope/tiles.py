@@ -1,7 +1,7 @@
 """Tile sizes of the rotary kernels: plain arithmetic and a table, no tuning at run time.
 
-Nothing here imports torch or triton, and nothing depends on the number of tokens: a kernel that has
-been compiled once serves every batch.
+Nothing here imports torch or triton. The number of tokens decides nothing on Ascend; on CUDA it
+picks one of three variants of a kernel, so that a few compilations serve every batch.
 """
 
 from __future__ import annotations
@@ -21,24 +21,40 @@ _REST_FACTOR = 4
 # Three rows (MRoPE) of cosines and sines, as stored and in fp32, two buffers each.
 _ROW_BYTES = 96
 
-# CUDA: more than this many pairs in one tile spill registers (8 warps, 32 pairs a thread).
+# CUDA, measured on one H200 by `scripts/bench rope --sweep` (docs/bench/rope-sweep.txt, which shows
+# how far from the best variant these are). Up to 128 tokens each tile of heads is a program of its
+# own; beyond that a program takes a token. Above 8192 pairs, which no shape there reaches, a
+# thread's share would leave its registers.
+_CUDA_WARPS = 4
+_CUDA_SPLIT_TOKENS = 128
+_CUDA_SPLIT_PAIRS = 512
 _CUDA_PAIRS = 8192
-# (bytes of a token's heads up to, warps a program): measured on one H200, see docs/bench/rope.md.
-_CUDA_WARPS = ((2048, 1), (6144, 2), (16384, 4))
-_CUDA_WARPS_MOST = 8
-# Programs for each multiprocessor: its 2048 threads, as full as 64 registers a thread leave it.
-_CUDA_THREADS = 2048
+# One number of tokens for each variant that a device type has: what a warm-up goes through.
+VARIANTS = {"cuda": (1, _CUDA_SPLIT_TOKENS + 1, MAX_PROGRAMS + 1), "npu": (1,)}
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a launch is cut up: heads a tile, padded widths, warps a program (CUDA)."""
+    """How a launch is cut up: heads a tile, padded widths, and on CUDA warps and the grid's axes.
+
+    ``split``: each tile of heads is a program of its own. ``loops``: there are fewer programs than
+    tokens. ``shared_row``: query and key share the row of angles that was read.
+    """
 
     query_tile: int
     key_tile: int
     half_pad: int
     rest_pad: int
-    num_warps: int
+    num_warps: int = _CUDA_WARPS
+    split: bool = False
+    loops: bool = True
+    shared_row: bool = True
+
+    def parts(self, query_heads: int, key_heads: int) -> int:
+        """Programs that share a token."""
+        if not self.split:
+            return 1
+        return -(-query_heads // self.query_tile) + -(-key_heads // self.key_tile)
 
 
 def next_power_of_two(n: int) -> int:
@@ -88,7 +104,6 @@ def ascend_tiles(
             key_tile=head_tile(key_heads, most),
             half_pad=half_pad,
             rest_pad=rest_pad,
-            num_warps=1,
         )
         rest = head_size - rotary_dim
         if unified_buffer_bytes(tiles, rest, itemsize, is_neox_style, True) <= UNIFIED_BUFFER:
@@ -98,30 +113,34 @@ def ascend_tiles(
 
 
 def cuda_tiles(
-    query_heads: int, key_heads: int, head_size: int, rotary_dim: int, itemsize: int
+    tokens: int, query_heads: int, key_heads: int, head_size: int, rotary_dim: int
 ) -> Tiles:
-    """Tiles that stay in registers, and the warps that the table gives for a token's bytes."""
+    """Tiles that stay in registers; a small batch is split further, a huge one loops."""
     half_pad, rest_pad = _padded(head_size, rotary_dim)
-    width = max(half_pad, rest_pad // 2)
-    most = max(_CUDA_PAIRS // next_power_of_two(width), 1)
-    size = (query_heads + key_heads) * head_size * itemsize
-    warps = next((w for limit, w in _CUDA_WARPS if size <= limit), _CUDA_WARPS_MOST)
+    split = tokens <= _CUDA_SPLIT_TOKENS
+    pairs = _CUDA_SPLIT_PAIRS if split else _CUDA_PAIRS
+    most = max(pairs // max(half_pad, rest_pad // 2), 1)
     return Tiles(
         query_tile=head_tile(query_heads, most),
         key_tile=head_tile(key_heads, most),
         half_pad=half_pad,
         rest_pad=rest_pad,
-        num_warps=warps,
+        num_warps=_CUDA_WARPS,
+        split=split,
+        loops=tokens > MAX_PROGRAMS,
+        shared_row=False,
     )
 
 
-def programs(tokens: int, cores: int, num_warps: int, on_cuda: bool) -> int:
-    """The grid: a program for each token, up to what the device runs at a time.
+def grid(
+    tiles: Tiles, tokens: int, query_heads: int, key_heads: int, cores: int = MAX_PROGRAMS
+) -> tuple[int, int]:
+    """Programs over tokens and over the tiles of a token; at least one of each.
 
-    ``cores`` are vector cores on Ascend, multiprocessors on CUDA.
+    ``cores``: programs that may run at a time where a program loops; the loops are of equal length.
     """
-    at_a_time = cores * max(_CUDA_THREADS // (32 * num_warps), 1) if on_cuda else cores
-    return min(tokens, at_a_time, MAX_PROGRAMS)
+    rounds = -(-tokens // cores) if tiles.loops else 1
+    return max(-(-tokens // max(rounds, 1)), 1), tiles.parts(query_heads, key_heads)
 
 
 def _padded(head_size: int, rotary_dim: int) -> tuple[int, int]:

@@ -61,9 +61,11 @@ def rotary_embedding_into(
     mrope_interleaved: bool,
 ) -> None:
     """``reference.rotary_embedding_into`` in one launch, or none where there are no tokens."""
-    if query.shape[0]:
+    tokens = query.shape[0]
+    if tokens and query.numel():
         _launch(
-            query.shape[0],
+            tokens,
+            tokens,
             out_query,
             out_key,
             positions,
@@ -91,8 +93,8 @@ def warm(
     """Compile and load what calls like this one need, before a device graph is captured.
 
     The arguments are those of ``rotary_embedding``; dtypes, strides, head counts and options count,
-    the number of tokens does not. Both forms are launched over no tokens: no memory is read or
-    written. Returns False where this kernel would not be used.
+    the number of tokens does not. Every variant of both forms is launched over no tokens: no memory
+    is read or written. Returns False where this kernel would not be used.
     """
     rest = (head_size, is_neox_style, mrope_section, mrope_interleaved)
     fresh_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -104,7 +106,8 @@ def warm(
         choice = dispatch.select("rotary_embedding", query.device.type, *call)
         if choice.implementation is None or choice.implementation.name != NAME:
             return False
-        _launch(0, *call)
+        for tokens in tiles.VARIANTS[query.device.type]:
+            _launch(tokens, 0, *call)
     return True
 
 
@@ -124,21 +127,31 @@ def _has_triton(backend: str) -> bool:
     return any(os.path.isdir(os.path.join(f, "backends", backend)) for f in folders or ())
 
 
-def _launch(tokens: int, *call: Any) -> None:
+def _launch(planned: int, tokens: int, *call: Any) -> None:
+    """Launch the variant for ``planned`` tokens over ``tokens`` of them."""
     from ascend_patch.kernels.rope.triton_kernel import rotary_kernel
 
-    query = call[3]
-    device = query.device
-    plan = plan_of(*call)
-    options: dict[str, Any] = {} if device.type == "npu" else {"num_warps": plan.num_warps}
-    cores = core_count(device.type, device.index or 0)
-    grid = tiles.programs(tokens, cores, plan.num_warps, device.type != "npu")
+    device = call[3].device
+    plan = plan_of(planned, *call)
     values, constants = arguments(tokens, plan, *call)
+    cores = core_count(device.index or 0) if device.type == "npu" else tiles.MAX_PROGRAMS
+    heads = constants["QUERY_HEADS"], constants["KEY_HEADS"]
+    options = {} if device.type == "npu" else cuda_options(plan)
     with on_device(device):
-        rotary_kernel[(max(grid, 1),)](*values, **constants, **options)
+        rotary_kernel[tiles.grid(plan, tokens, *heads, cores)](*values, **constants, **options)
+
+
+def cuda_options(plan: tiles.Tiles) -> dict[str, Any]:
+    """Compiler options on CUDA.
+
+    Without fused multiply-adds: which product is fused would differ between variants, and with it
+    the last bit of an fp32 result. As it is, all of them agree with the reference bit by bit.
+    """
+    return {"num_warps": plan.num_warps, "enable_fp_fusion": False}
 
 
 def plan_of(
+    tokens: int,
     out_query: Tensor,
     out_key: Tensor | None,
     positions: Tensor,
@@ -151,10 +164,10 @@ def plan_of(
 ) -> tiles.Tiles:
     """The tiles of a call that ``supports`` accepted."""
     sizes = (_head_count(query, head_size), _head_count(key, head_size), head_size)
-    rotary_dim, itemsize = cos_sin_cache.shape[1], query.element_size()
+    rotary_dim = cos_sin_cache.shape[1]
     if query.device.type != "npu":
-        return tiles.cuda_tiles(*sizes, rotary_dim, itemsize)
-    plan = tiles.ascend_tiles(*sizes, rotary_dim, itemsize, is_neox_style)
+        return tiles.cuda_tiles(tokens, *sizes, rotary_dim)
+    plan = tiles.ascend_tiles(*sizes, rotary_dim, query.element_size(), is_neox_style)
     assert plan is not None
     return plan
 
@@ -220,6 +233,9 @@ def arguments(
         "HEIGHT": height,
         "WIDTH": width,
         "INTERLEAVED": mrope_interleaved and by_axis,
+        "SPLIT": plan.split,
+        "LOOPS": plan.loops,
+        "SHARED_ROW": plan.shared_row,
     }
     return values, constants
 
@@ -235,16 +251,12 @@ def _head_stride(x: Tensor, head_size: int) -> int:
 
 
 @cache
-def core_count(device_type: str, index: int) -> int:
-    """Multiprocessors of a CUDA device, vector cores of an NPU."""
-    if device_type == "cuda":
-        return int(torch.cuda.get_device_properties(index).multi_processor_count)
-    if device_type == "npu":
-        from triton.runtime import driver
+def core_count(index: int) -> int:
+    """Vector cores of an NPU: as many programs run at a time."""
+    from triton.runtime import driver
 
-        utils: Any = driver.active.utils
-        return int(utils.get_device_properties(index)["num_vectorcore"])
-    return 4  # Triton's interpreter, which runs programs one after another
+    utils: Any = driver.active.utils
+    return int(utils.get_device_properties(index)["num_vectorcore"])
 
 
 def on_device(device: torch.device) -> Any:
