@@ -80,6 +80,12 @@ class Bench:
 
 
 @pytest.fixture
+def new_bench() -> type[Bench]:
+    """For tests that need more than one; `conftest` is no name to import from."""
+    return Bench
+
+
+@pytest.fixture
 def bench(site: FinderSite) -> Bench:
     return Bench(site.finder)
 

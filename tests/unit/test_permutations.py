@@ -212,9 +212,7 @@ def play(steps, world: World, oracle: Oracle) -> None:
 @pytest.mark.parametrize("stranger", ["wrapt", "wraps", "closure"])
 @pytest.mark.parametrize("seam", ["host", "traced"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_order_leaves_exactly_the_right_function(kind, seam, stranger, ours, seed):
-    from conftest import Bench
-
+def test_every_order_leaves_exactly_the_right_function(kind, seam, stranger, ours, seed, new_bench):
     chosen = random.Random(seed)
     sequences = [s for n in range(1, 4) for s in itertools.product(STEPS, repeat=n)]
     # Of the longer ones a random part a run, and only those that do something.
@@ -222,7 +220,7 @@ def test_every_order_leaves_exactly_the_right_function(kind, seam, stranger, our
     sequences += chosen.sample(longer, 250)
     for steps in sequences:
         finder = Finder(lambda name, error: pytest.fail(f"{name}: {error!r}"))
-        world = World(Bench(finder), kind, seam, stranger)
+        world = World(new_bench(finder), kind, seam, stranger)
         finder.arm()
         sys.meta_path.insert(1, world)
         try:

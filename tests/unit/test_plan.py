@@ -49,7 +49,7 @@ RETIRED = Band("vllm", ">=2.0", retired="vllm 2.0 has it")
 def test_a_final_release_in_the_band_is_armed(installed, version):
     found = decide(patch(), installed(version))
     assert (found.state, found.releases) == ("armed", ("1.0", "1.1"))
-    assert found.reason == "the source is that of vllm 1.1"
+    assert found.reason == "the source is that of vllm 1.0 and 1.1"
 
 
 @pytest.mark.parametrize("version", ["2.0", "0.9", "2.0+cpu"])

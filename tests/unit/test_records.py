@@ -184,6 +184,8 @@ def test_the_recorded_releases_are_those_of_the_design() -> None:
         "releases/v0.13.0",
         "0.18.0",
         "releases/v0.18.0",
+        "0.23.0",
+        "releases/v0.23.0",
     )
 
 
