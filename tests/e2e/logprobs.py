@@ -1,0 +1,146 @@
+"""Asks servers for the same greedy tokens with their logprobs, and compares two servers.
+
+Greedy servers with different rounding may pick different tokens where two are nearly level, and
+what follows then has nothing in common. So the second server is made to follow the first: where it
+leaves the first one's tokens, it is asked again from the first one's. Each of the 16 steps
+of each prompt is compared, whatever the greedy choice.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from _server import Server
+
+STEPS = 16
+TOP = 20  # vLLM's own limit
+# From a word to a page of text; among them repetition and text far from the tokenizer's words.
+PROMPTS = (
+    "water",
+    "The people know how to make",
+    "What is the time now, and who said so?",
+    "one two three four five six seven",
+    "def square(x):\n    return x * x\n",
+    "In the beginning there was little but water, and then",
+    "a b c d e f g h i j k l m n o p q r s t u v w x y z",
+    "12345 67890 24680 13579",
+    "Say it again. " * 12,
+    "She said that we can make more of it. " * 6,
+    "no way",
+    "Which way would you go, if you could go back and look at it once more? " * 4,
+)
+
+Step = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One prompt's tokens and, for each step, token -> value of the most likely ones."""
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two servers are apart.
+
+    Attributes:
+        worst: The largest difference of a token's value, over all prompts and steps.
+        prompts: The same for each prompt.
+        diverged: At how many steps the greedy choice was another.
+        unlike: At how many steps the two lists of likely tokens share fewer than half.
+    """
+
+    worst: float
+    prompts: tuple[float, ...]
+    diverged: int
+    unlike: int
+
+
+def ask(server: Server, follow: tuple[Answer, ...] | None = None) -> tuple[Answer, ...]:
+    """Return an answer to each of `PROMPTS`, following another server's tokens if there are any."""
+    if follow is None:
+        return tuple(_generate(server, _tokenize(server, text), STEPS) for text in PROMPTS)
+    return tuple(_follow(server, answer) for answer in follow)
+
+
+def ask_together(server: Server, prompts: tuple[Answer, ...]) -> tuple[Answer, ...]:
+    """Return an answer to each prompt of `prompts`, all of them asked in one batch."""
+    inputs = [list(answer.prompt) for answer in prompts]
+    choices = _complete(server, inputs, STEPS)["choices"]
+    choices.sort(key=lambda choice: choice["index"])
+    return tuple(_answer(p.prompt, c) for p, c in zip(prompts, choices, strict=True))
+
+
+def compare(first: tuple[Answer, ...], second: tuple[Answer, ...]) -> Difference:
+    """Compare what two servers said at the same steps."""
+    prompts, diverged, unlike = [], 0, 0
+    for one, other in zip(first, second, strict=True):
+        assert one.prompt == other.prompt
+        worst = 0.0
+        for a, b in zip(one.steps, other.steps, strict=True):
+            shared = a.keys() & b.keys()
+            unlike += len(shared) < TOP // 2
+            diverged += max(a, key=a.__getitem__) != max(b, key=b.__getitem__)
+            # Nothing in common is as far apart as it gets.
+            worst = max(worst, *(abs(a[t] - b[t]) for t in shared)) if shared else math.inf
+        prompts.append(worst)
+    return Difference(max(prompts), tuple(prompts), diverged, unlike)
+
+
+def largest(answers: tuple[Answer, ...]) -> float:
+    """Return the largest magnitude among the values."""
+    return max(abs(v) for answer in answers for step in answer.steps for v in step.values())
+
+
+def bfloat16_ulp(value: float) -> float:
+    """Return the distance between neighbouring bfloat16 numbers at `value`: 8 significant bits."""
+    return 2.0 ** (math.floor(math.log2(abs(value))) - 7)
+
+
+def fewest_distinct(answers: tuple[Answer, ...]) -> int:
+    """Return how many different tokens the most monotonous answer has."""
+    return min(len(set(answer.tokens)) for answer in answers)
+
+
+def _follow(server: Server, lead: Answer) -> Answer:
+    steps: list[Step] = []
+    tokens: list[int] = []
+    while len(steps) < len(lead.tokens):
+        done = len(steps)
+        prompt = (*lead.prompt, *lead.tokens[:done])
+        found = _generate(server, prompt, len(lead.tokens) - done)
+        for token, step in zip(found.tokens, found.steps, strict=True):
+            steps.append(step)
+            tokens.append(token)
+            # What it said at this step counts; what it goes on to say is about another text.
+            if token != lead.tokens[len(steps) - 1]:
+                break
+    return Answer(lead.prompt, tuple(tokens), tuple(steps))
+
+
+def _generate(server: Server, prompt: tuple[int, ...], count: int) -> Answer:
+    return _answer(prompt, _complete(server, list(prompt), count)["choices"][0])
+
+
+def _complete(server: Server, prompt: list[int] | list[list[int]], count: int) -> dict:
+    return server.complete(
+        prompt,
+        max_tokens=count,
+        ignore_eos=True,
+        logprobs=TOP,
+        return_tokens_as_token_ids=True,
+    )
+
+
+def _answer(prompt: tuple[int, ...], choice: dict) -> Answer:
+    said = choice["logprobs"]
+    tokens = tuple(int(token.removeprefix("token_id:")) for token in said["tokens"])
+    return Answer(prompt, tokens, tuple(said["top_logprobs"]))
+
+
+def _tokenize(server: Server, text: str) -> tuple[int, ...]:
+    return tuple(server.post("/tokenize", {"model": "model", "prompt": text})["tokens"])
