@@ -276,7 +276,7 @@ def sweep(token_counts: Any) -> None:
             grid = tiles.grid(trial, tokens, *shape[:2])
 
             def run(g: Any = grid, v: Any = values, c: Any = constants, w: int = warps) -> None:
-                rotary_kernel[g](*v, **c, num_warps=w, enable_fp_fusion=False)
+                rotary_kernel[g](*v, **c, num_warps=w)
 
             found.append((replay(run, 100)[0], f"{heads} warps {warps} split {split}"))
         found.sort()

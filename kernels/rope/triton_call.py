@@ -136,18 +136,9 @@ def _launch(planned: int, tokens: int, *call: Any) -> None:
     values, constants = arguments(tokens, plan, *call)
     cores = core_count(device.index or 0) if device.type == "npu" else tiles.MAX_PROGRAMS
     heads = constants["QUERY_HEADS"], constants["KEY_HEADS"]
-    options = {} if device.type == "npu" else cuda_options(plan)
+    options = {} if device.type == "npu" else {"num_warps": plan.num_warps}
     with on_device(device):
         rotary_kernel[tiles.grid(plan, tokens, *heads, cores)](*values, **constants, **options)
-
-
-def cuda_options(plan: tiles.Tiles) -> dict[str, Any]:
-    """Compiler options on CUDA.
-
-    Without fused multiply-adds: which product is fused would differ between variants, and with it
-    the last bit of an fp32 result. As it is, all of them agree with the reference bit by bit.
-    """
-    return {"num_warps": plan.num_warps, "enable_fp_fusion": False}
 
 
 def plan_of(

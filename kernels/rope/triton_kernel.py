@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ascend_patch.kernels.rope.triton_parts import token_angles, turn_heads
+from ascend_patch.kernels.rope.triton_parts import token_angles, token_rows, turn_heads
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def _turn_token(
     SHARED_ROW: tl.constexpr,
 ):
     """Turn the heads of token ``at``: all of them, or with SPLIT those of this program's tile."""
-    cos, sin = token_angles(
+    time_row, height_row, width_row = token_rows(
         cache,
         positions,
         at,
@@ -73,6 +73,12 @@ def _turn_token(
         cache_stride,
         positions_axis_stride,
         positions_stride,
+        MROPE,
+    )
+    cos, sin = token_angles(
+        time_row,
+        height_row,
+        width_row,
         HALF,
         HALF_PAD,
         MROPE,
@@ -108,13 +114,9 @@ def _turn_token(
         if not (SHARED_ROW or SPLIT):
             # A second read, out of the cache, costs less than a new layout in registers.
             cos, sin = token_angles(
-                cache,
-                positions,
-                at,
-                rows,
-                cache_stride,
-                positions_axis_stride,
-                positions_stride,
+                time_row,
+                height_row,
+                width_row,
                 HALF,
                 HALF_PAD,
                 MROPE,

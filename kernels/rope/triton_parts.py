@@ -13,12 +13,27 @@ import triton.language as tl
 
 
 @triton.jit
-def _row(cache, positions, rows, stride, j, HALF: tl.constexpr):
-    """Cosines and sines [1, HALF_PAD] of the position that ``positions`` points to."""
-    position = tl.load(positions)
-    # As the reference does it: the nearest row, in the dtype of the position.
-    position = tl.minimum(tl.maximum(position, 0), rows - 1)
-    row = cache + position.to(tl.int64) * stride
+def token_rows(
+    cache, positions, at, rows, cache_stride, axis_stride, token_stride, MROPE: tl.constexpr
+):
+    """Pointers to the token's rows of the cache: for time, height and width, else thrice the one.
+
+    A position outside the cache is moved to its nearest row, in the dtype that it has.
+    """
+    here = positions + at * token_stride
+    time = tl.minimum(tl.maximum(tl.load(here), 0), rows - 1).to(tl.int64)
+    height = time
+    width = time
+    if MROPE:
+        height = tl.load(here + axis_stride)
+        height = tl.minimum(tl.maximum(height, 0), rows - 1).to(tl.int64)
+        width = tl.load(here + 2 * axis_stride)
+        width = tl.minimum(tl.maximum(width, 0), rows - 1).to(tl.int64)
+    return cache + time * cache_stride, cache + height * cache_stride, cache + width * cache_stride
+
+
+@triton.jit
+def _row(row, j, HALF: tl.constexpr):
     cos = tl.load(row + j, mask=j < HALF, other=0.0).to(tl.float32)
     sin = tl.load(row + HALF + j, mask=j < HALF, other=0.0).to(tl.float32)
     return cos, sin
@@ -26,13 +41,9 @@ def _row(cache, positions, rows, stride, j, HALF: tl.constexpr):
 
 @triton.jit
 def token_angles(
-    cache,
-    positions,
-    token,
-    rows,
-    cache_stride,
-    axis_stride,
-    token_stride,
+    time_row,
+    height_row,
+    width_row,
     HALF: tl.constexpr,
     HALF_PAD: tl.constexpr,
     MROPE: tl.constexpr,
@@ -43,12 +54,11 @@ def token_angles(
 ):
     """Cosines and sines [1, HALF_PAD] of a token; what a frequency reads is as in reference.py."""
     j = tl.arange(0, HALF_PAD)[None, :]
-    at = positions + token * token_stride
-    cos, sin = _row(cache, at, rows, cache_stride, j, HALF)
+    cos, sin = _row(time_row, j, HALF)
     if MROPE:
         # All three rows are read whole and chosen from: a mask with holes would be a gather.
-        cos_h, sin_h = _row(cache, at + axis_stride, rows, cache_stride, j, HALF)
-        cos_w, sin_w = _row(cache, at + 2 * axis_stride, rows, cache_stride, j, HALF)
+        cos_h, sin_h = _row(height_row, j, HALF)
+        cos_w, sin_w = _row(width_row, j, HALF)
         if INTERLEAVED:
             by_height = (j % 3 == 1) & (j < 3 * HEIGHT)
             by_width = (j % 3 == 2) & (j < 3 * WIDTH)
@@ -58,6 +68,16 @@ def token_angles(
         cos = tl.where(by_width, cos_w, tl.where(by_height, cos_h, cos))
         sin = tl.where(by_width, sin_w, tl.where(by_height, sin_h, sin))
     return cos, sin
+
+
+@triton.jit
+def turn(a, b, cos, sin):
+    """(a cos - b sin, b cos + a sin).
+
+    The fused multiply-adds are spelled out: left to the compiler, which product is fused differs
+    from variant to variant, and with it the last bit of an fp32 result.
+    """
+    return tl.fma(a, cos, b * -sin), tl.fma(b, cos, a * sin)
 
 
 @triton.jit
@@ -96,15 +116,16 @@ def turn_heads(
             source, target = x + head * HEAD_STRIDE + j, out + head * OUT_HEAD_STRIDE + j
             a = tl.load(source, mask=here, other=0.0).to(tl.float32)
             b = tl.load(source + HALF, mask=here, other=0.0).to(tl.float32)
-            tl.store(target, (a * cos - b * sin).to(out.dtype.element_ty), mask=here)
-            tl.store(target + HALF, (b * cos + a * sin).to(out.dtype.element_ty), mask=here)
+            a, b = turn(a, b, cos, sin)
+            tl.store(target, a.to(out.dtype.element_ty), mask=here)
+            tl.store(target + HALF, b.to(out.dtype.element_ty), mask=here)
         else:
             i = tl.arange(0, 2 * HALF_PAD)[None, :]
             here = (head < HEADS) & (i < 2 * HALF)
             pairs = tl.load(x + head * HEAD_STRIDE + i, mask=here, other=0.0)
             a, b = tl.split(tl.reshape(pairs.to(tl.float32), (TILE, HALF_PAD, 2)))
-            turned = tl.interleave(a * cos - b * sin, b * cos + a * sin)
+            a, b = turn(a, b, cos, sin)
             target = out + head * OUT_HEAD_STRIDE + i
-            tl.store(target, turned.to(out.dtype.element_ty), mask=here)
+            tl.store(target, tl.interleave(a, b).to(out.dtype.element_ty), mask=here)
         if COPY_REST:
             tl.store(out + head * OUT_HEAD_STRIDE + r, rest, mask=past)

