@@ -18,7 +18,6 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,6 @@ EMPTY_SOURCE = 'extern "C" __global__ void empty() {}'
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench rope", description=__doc__)
     parser.add_argument("--out", type=Path, help="folder for rope.csv and the plot")
-    parser.add_argument("--sweep", action="store_true", help="time tile sizes instead of peers")
     parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
     parser.add_argument("--commit", default="", help="what to record where git is not there")
     arguments = parser.parse_args(argv)
@@ -70,14 +68,13 @@ def main(argv: list[str]) -> int:
     if not torch.cuda.is_available():
         print("scripts/bench rope needs a CUDA device: torch.cuda.is_available() is False here.")
         return 1
-    if arguments.sweep:
-        sweep(arguments.tokens)
-        return 0
     facts = machine(arguments.commit)
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print(" ".join(f"{column:>13}" for column in COLUMNS))
     pairs = itertools.product(SHAPES, arguments.tokens)
     rows = [row for shape, tokens in pairs for row in measure(shape, tokens)]
+    pairs = itertools.product(SHAPES, arguments.tokens)
+    rows += [row for shape, tokens in pairs for row in measure_fused(shape, tokens)]
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         write_csv(arguments.out / "rope.csv", rows, facts)
@@ -254,35 +251,45 @@ def replay(run: Callable[[], Any], replays: int = REPLAYS) -> tuple[float, float
     return times[len(times) // 2], times[len(times) * 95 // 100]
 
 
-def sweep(token_counts: Any) -> None:
-    """Time our kernel's variants; the figures in kernels/rope/tiles.py come from this."""
-    from ascend_patch.kernels.rope import tiles, triton_call
-    from ascend_patch.kernels.rope.triton_kernel import rotary_kernel
+def measure_fused(shape: tuple[int, ...], tokens: int) -> list[dict[str, Any]]:
+    """The rows of split_qkv_rmsnorm_rope: ours, torch.compile of its reference, and a copy."""
+    import torch
 
-    for shape, tokens in itertools.product(SHAPES, token_counts):
-        positions, query, key, cache = inputs(shape, tokens)
-        out = query.contiguous(), key.contiguous()
-        call = (*out, positions, query, key, cache, shape[2], True, None, False)
-        plan = triton_call.plan_of(tokens, *call)
-        found: list[tuple[float, str]] = []
-        for most, warps, split in itertools.product((4, 8, 16, 32, 64), (1, 2, 4, 8), (1, 0)):
-            heads = [tiles.head_tile(n, most) for n in shape[:2]]
-            if most > 2 * max(heads):
-                continue
-            trial = replace(
-                plan, query_tile=heads[0], key_tile=heads[1], num_warps=warps, split=bool(split)
-            )
-            values, constants = triton_call.arguments(tokens, trial, *call)
-            grid = tiles.grid(trial, tokens, *shape[:2])
+    from ascend_patch.kernels import rope
+    from ascend_patch.kernels.rope import fused_reference
 
-            def run(g: Any = grid, v: Any = values, c: Any = constants, w: int = warps) -> None:
-                rotary_kernel[g](*v, **c, num_warps=w)
+    q_heads, k_heads, head_size, _ = shape
+    positions, query, _, cache = inputs(shape, tokens)
+    qkv = query._base
+    q_weight, k_weight = torch.randn(2, head_size, device="cuda").bfloat16()
+    heads = {"num_q_heads": q_heads, "num_kv_heads": k_heads, "head_size": head_size}
 
-            found.append((replay(run, 100)[0], f"{heads} warps {warps} split {split}"))
-        found.sort()
-        print(shape, tokens, *(f"{p50:.2f} us {what};" for p50, what in found[:6]), flush=True)
-        mine = replay(lambda c=call: triton_call.rotary_embedding_into(*c), 100)
-        print(f"   the table's: {mine[0]:.2f} us", flush=True)
+    def ours() -> Any:
+        call = qkv, positions, cache, q_weight, k_weight
+        return rope.split_qkv_rmsnorm_rope(*call, **heads, eps=1e-6)
+
+    def formula(qkv: Any, positions: Any) -> Any:
+        sizes = (q_heads, k_heads, k_heads)
+        out = tuple(qkv.new_empty(qkv.shape[0], n * head_size) for n in sizes)
+        rest = (q_weight, k_weight, None, None, *heads.values(), 1e-6, True, None, False, 0.0)
+        fused_reference.split_qkv_rmsnorm_rope_into(*out, None, qkv, positions, cache, *rest)
+        return out
+
+    torch._dynamo.reset()
+    compiled = torch.compile(formula, dynamic=False)
+    for got, want in zip(ours(), formula(qkv, positions), strict=True):
+        torch.testing.assert_close(got, want, rtol=2.0**-7, atol=1e-5)
+    target = torch.empty_like(qkv)
+    variants = {"copy": lambda: copy(target, qkv), "fused ours": ours}
+    variants["fused compiled"] = lambda: compiled(qkv, positions)
+    times = {name: replay(run) for name, run in variants.items()}
+    moved, base, rows = 4 * qkv.numel(), times["copy"][0], []
+    for name, (p50, p95) in list(times.items())[1:]:
+        row = (*shape, tokens, name, round(p50, 3), round(p95, 3), moved)
+        row += (round(moved / p50 / 1e3, 1), round(base / p50, 3), "")
+        print(" ".join(f"{value!s:>13}" for value in row), flush=True)
+        rows.append(dict(zip(COLUMNS, row, strict=True)))
+    return rows
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]], facts: dict[str, str]) -> None:

@@ -16,11 +16,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ascend_patch.kernels.rope import checks, ops, reference
+from ascend_patch.kernels.rope import checks, fused_ops, ops, reference
 
-__all__ = ["apply_rotary", "rotary_embedding", "rotary_embedding_"]
+__all__ = ["apply_rotary", "rotary_embedding", "rotary_embedding_", "split_qkv_rmsnorm_rope"]
 
 ops.register_operators()
+fused_ops.register_operator()
 
 
 def rotary_embedding(
@@ -136,3 +137,65 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, is_neox_style: bool) ->
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     reference.rotate_into(out, x, *angles, is_neox_style)
     return out
+
+
+def split_qkv_rmsnorm_rope(
+    qkv: Tensor,
+    positions: Tensor,
+    cos_sin_cache: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    eps: float,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    is_neox_style: bool = True,
+    mrope_section: Sequence[int] | None = None,
+    mrope_interleaved: bool = False,
+    weight_offset: float = 0.0,
+    has_gate: bool = False,
+) -> tuple[Tensor, ...]:
+    """Split qkv, normalise each head of q and k by its root mean square, and rotate them.
+
+    Args:
+        qkv: [T, (Hq + 2 Hk) * head_size]; bfloat16, float16 or float32. With ``has_gate`` a query
+            head is followed by its gate, so it is [T, (2 Hq + 2 Hk) * head_size] (Qwen3-Next).
+        positions, cos_sin_cache, is_neox_style, mrope_section, mrope_interleaved: as in
+            ``rotary_embedding``.
+        q_weight, k_weight: [head_size], any floating dtype; ``weight_offset`` is added to both
+            (1.0 where a checkpoint stores weight - 1, as Qwen3.5's does).
+        eps: added to the mean of squares.
+        q_bias, k_bias: [head_size], added after the weight.
+
+    Returns:
+        (q, k, v), or (q, k, v, gate) with ``has_gate``: new and contiguous, [T, heads * head_size].
+        Arithmetic is float32 throughout, rounded once; v and gate are copies.
+
+    Raises:
+        TypeError: a dtype outside the above.
+        ValueError: shapes or devices that do not fit.
+
+    Source: RMSNorm, arXiv:1910.07467, eq. 4; then as ``rotary_embedding``.
+    """
+    results = torch.ops.ascend_patch.split_qkv_rmsnorm_rope.default(
+        qkv,
+        positions,
+        cos_sin_cache,
+        q_weight,
+        k_weight,
+        q_bias,
+        k_bias,
+        num_q_heads,
+        num_kv_heads,
+        head_size,
+        eps,
+        is_neox_style,
+        mrope_section,
+        mrope_interleaved,
+        weight_offset,
+        has_gate,
+    )
+    return tuple(results) if has_gate else tuple(results[:3])

@@ -16,12 +16,14 @@ UNIFIED_BUFFER = 192 * 1024
 # the shapes in cases.py (Ascend910B3, both buffers of its double buffering), rounded up. The test
 # of the offline compiler holds the plan against it.
 _PAIR_BYTES = {True: 36, False: 104}
+# The same for split_qkv_rmsnorm_rope, which keeps its inputs for the sum of their squares.
+_FUSED_PAIR_BYTES = {True: 72, False: 160}
 # Likewise for each element that is copied, as a multiple of its size.
 _REST_FACTOR = 4
 # Three rows (MRoPE) of cosines and sines, as stored and in fp32, two buffers each.
 _ROW_BYTES = 96
 
-# CUDA, measured on one H200 by `scripts/bench rope --sweep` (docs/bench/rope-sweep.txt, which shows
+# CUDA, measured on one H200 by `docs/bench/rope_sweep.py` (docs/bench/rope-sweep.txt, which shows
 # how far from the best variant these are). Up to 128 tokens each tile of heads is a program of its
 # own; beyond that a program takes a token. Above 8192 pairs, which no shape there reaches, a
 # thread's share would leave its registers.
@@ -110,6 +112,33 @@ def ascend_tiles(
             return tiles
         most //= 2
     return None
+
+
+def fused_ascend_tiles(
+    query_heads: int,
+    key_heads: int,
+    head_size: int,
+    rotary_dim: int,
+    itemsize: int,
+    is_neox_style: bool,
+) -> Tiles | None:
+    """The largest tiles with which split_qkv_rmsnorm_rope fits the unified buffer, or None."""
+    half_pad, rest_pad = _padded(head_size, rotary_dim)
+    most = next_power_of_two(max(query_heads, key_heads))
+    while most:
+        tiles = Tiles(head_tile(query_heads, most), head_tile(key_heads, most), half_pad, rest_pad)
+        if fused_unified_buffer_bytes(tiles, itemsize, is_neox_style) <= UNIFIED_BUFFER:
+            return tiles
+        most //= 2
+    return None
+
+
+def fused_unified_buffer_bytes(tiles: Tiles, itemsize: int, is_neox_style: bool) -> int:
+    """Upper bound of the unified buffer that split_qkv_rmsnorm_rope takes on Ascend, in bytes."""
+    heads = tiles.query_tile + tiles.key_tile
+    normalised = heads * (tiles.half_pad * _FUSED_PAIR_BYTES[is_neox_style] + 24 * tiles.rest_pad)
+    copied = heads * 2 * (2 * tiles.half_pad + tiles.rest_pad) * itemsize
+    return normalised + copied + tiles.half_pad * 2 * _ROW_BYTES + tiles.rest_pad * 32
 
 
 def cuda_tiles(

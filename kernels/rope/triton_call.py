@@ -111,9 +111,9 @@ def warm(
     return True
 
 
-def register(operator: str) -> None:
-    """Offer the kernel on the devices for which this process could import a Triton."""
-    implementation = dispatch.Implementation(NAME, rotary_embedding_into, supports, _PRIORITY)
+def register(operator: str, run: Any = rotary_embedding_into, verifier: Any = supports) -> None:
+    """Offer a kernel on the devices for which this process could import a Triton."""
+    implementation = dispatch.Implementation(NAME, run, verifier, _PRIORITY)
     if _has_triton("nvidia"):
         dispatch.register(operator, "cuda", implementation)
     if _has_triton("ascend"):

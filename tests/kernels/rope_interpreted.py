@@ -11,10 +11,11 @@ import sys
 import traceback
 from dataclasses import replace
 
+import fused_judge
 from rope_judge import run_and_judge
 
 from ascend_patch.kernels import dispatch
-from ascend_patch.kernels.rope import cases, tiles, triton_call
+from ascend_patch.kernels.rope import cases, fused_call, fused_cases, tiles, triton_call
 
 SEED = 1
 # A small batch is split by heads, a program takes a token, a program loops: each with few tokens.
@@ -26,6 +27,14 @@ def interpreted_cases() -> list[cases.RopeCase]:
     grid = cases.correctness_cases()[::4] + cases.mrope_cases()[::3]
     spread = [replace(case, tokens=min(case.tokens, 3)) for case in grid]
     return [replace(case, query_heads=12) if case.query_heads > 32 else case for case in spread]
+
+
+def interpreted_fused_cases() -> list[fused_cases.FusedCase]:
+    found = []
+    for case in fused_cases.fused_cases()[::2]:
+        shape = replace(case.rope, tokens=min(case.rope.tokens, 3))
+        found.append(replace(case, rope=replace(shape, query_heads=min(shape.query_heads, 12))))
+    return found
 
 
 def force(variant: str) -> None:
@@ -40,7 +49,15 @@ def force(variant: str) -> None:
         rotary_dim, itemsize = call[5].shape[1], call[3].element_size()
         return tiles.ascend_tiles(*heads, call[6], rotary_dim, itemsize, call[7])
 
-    triton_call.plan_of = forced
+    fused_plan_of = fused_call.plan_of
+
+    def fused_forced(_tokens, *call):
+        if variant != "ascend":
+            return fused_plan_of(tokens[variant], *call)
+        rotary_dim, itemsize = call[6].shape[1], call[4].element_size()
+        return tiles.fused_ascend_tiles(*call[11:14], rotary_dim, itemsize, call[15])
+
+    triton_call.plan_of, fused_call.plan_of = forced, fused_forced
     if variant in ("loops", "ascend"):
         # Two programs for three tokens: one of them takes two.
         grid = tiles.grid
@@ -53,10 +70,15 @@ def main() -> None:
     kernel = dispatch.Implementation("triton", call, triton_call.supports, 10)
     dispatch.register("rotary_embedding", "cpu", kernel)
     offset = VARIANTS.index(sys.argv[1])
+    call = fused_call.split_qkv_rmsnorm_rope_into
+    fused = dispatch.Implementation("triton", call, fused_call.supports, 10)
+    dispatch.register("split_qkv_rmsnorm_rope", "cpu", fused)
     found = {}
-    for case in interpreted_cases()[offset :: len(VARIANTS)]:
+    calls = [(case, run_and_judge) for case in interpreted_cases()]
+    calls += [(case, fused_judge.run_and_judge) for case in interpreted_fused_cases()]
+    for case, judge in calls[offset :: len(VARIANTS)]:
         try:
-            run_and_judge(case, SEED)
+            judge(case, SEED)
             found[str(case)] = ""
         except Exception:
             found[str(case)] = traceback.format_exc(limit=-3)
