@@ -271,3 +271,23 @@ def test_layers_are_found_through_proxies_and_descriptors(module, name):
     outer = wrapt.FunctionWrapper(inner, lambda f, _, a, k: f(*a, **k))
     assert _layers.holds(outer, inner)
     assert not _layers.holds(inner, outer)
+
+
+@SEAMS
+def test_an_object_from_before_a_reload_gives_the_original_after_a_revert(bench, module, seam):
+    bench.arm(method_target("Layer.method", seam))
+    before = module.Layer()
+    importlib.reload(module)
+    assert before.method(1) == module.Layer().method(1) == ["ours", "method", 1]
+    bench.applier.revert("demo")
+    assert before.method(1) == module.Layer().method(1) == ["method", 1]
+
+
+@SEAMS
+def test_what_a_stranger_holds_of_an_old_class_is_not_taken_for_the_new_one(bench, module, seam):
+    bench.arm(method_target("Layer.method", seam))
+    module.Layer.method = foreign(module.Layer.method)
+    bench.applier.revert("demo")
+    importlib.reload(module)
+    bench.applier.apply_again("demo", sys.modules)
+    assert module.Layer().method(1) == ["ours", "method", 1]
