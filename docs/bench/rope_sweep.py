@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from _bench_rope import SHAPES, inputs, replay  # noqa: E402
+from _bench_rope import SHAPES, inputs, replay
 
 
 def sweep(token_counts: Any) -> None:

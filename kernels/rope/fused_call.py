@@ -62,7 +62,7 @@ def plan_of(tokens: int, *call: Any) -> tiles.Tiles:
         plan = _sized(tiles.fused_ascend_tiles, *call)
         assert plan is not None
         return plan
-    return tiles.cuda_tiles(tokens, call[11], call[12], call[13], call[6].shape[1])
+    return tiles.fused_cuda_tiles(tokens, call[11], call[12], call[13], call[6].shape[1])
 
 
 def _sized(find: Any, *call: Any) -> tiles.Tiles | None:
