@@ -154,4 +154,4 @@ def _callback_failed(module: str, error: BaseException) -> None:
     complain(f"failed while {module} was imported ({type(error).__name__}: {error})")
     runtime = sys.modules.get("ascend_patch._runtime")
     if runtime is not None:
-        runtime.record_internal_error(module, error)
+        runtime.record_internal_error(f"{module} was imported", error)

@@ -91,7 +91,7 @@ class Runtime:
                 if patch.state == "armed":
                     patch.state, patch.reason = "failed", reason
             self.state.patches.setdefault("all", PatchState("all", __version__, "failed", reason))
-            record_internal_error("vllm", error)
+            record_internal_error("vllm was imported", error)
             _bootstrap.complain(f"failed: {reason}")
             self._refuse_if_strict()
 
@@ -163,13 +163,21 @@ class Runtime:
             Refusal: ASCEND_PATCHES_STRICT=1 and a patch failed while its modules were imported.
         """
         with self._lock:
+            self.state.facts["model_loaded"] = True
+            self.look_again()
+            self._refuse_if_strict()
+
+    def look_again(self) -> None:
+        """Attach what came in past the finder, and see whether what was installed is still there.
+
+        A fault here is recorded and not raised: it is called from the host's own code.
+        """
+        with self._lock:
             try:
                 self._look_again()
             except Exception as error:
-                record_internal_error("the loaded model", error)
-            self.state.facts["model_loaded"] = True
+                record_internal_error("targets were looked at again", error)
             self.state.write()
-            self._refuse_if_strict()
 
     def _look_again(self) -> None:
         if self._applier is None or self._finder is None:
@@ -247,9 +255,9 @@ def begin(_spec: object) -> None:
         _current.begin(finder)
 
 
-def record_internal_error(module: str, error: BaseException) -> None:
+def record_internal_error(during: str, error: BaseException) -> None:
     """Keep what a finder callback swallowed, so that `status` shows it."""
-    _current.state.problems.append(f"while {module} was imported: {type(error).__name__}: {error}")
+    _current.state.problems.append(f"while {during}: {type(error).__name__}: {error}")
     _current.state.write()
 
 

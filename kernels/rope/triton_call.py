@@ -112,12 +112,28 @@ def warm(
 
 
 def register(operator: str, run: Any = rotary_embedding_into, verifier: Any = supports) -> None:
-    """Offer a kernel on the devices for which this process could import a Triton."""
-    implementation = dispatch.Implementation(NAME, run, verifier, _PRIORITY)
+    """Offer a kernel where a GPU's Triton is installed.
+
+    Not on an NPU yet: there it has been compiled and executed in its lowered form, and never run.
+    Until a self-test at load compares it with the host's own kernel on the machine itself, the
+    reference serves the cases that reach us. `register_on_npu` is what that test will call.
+    """
     if _has_triton("nvidia"):
-        dispatch.register(operator, "cuda", implementation)
-    if _has_triton("ascend"):
-        dispatch.register(operator, "npu", implementation)
+        dispatch.register(operator, "cuda", _implementation(run, verifier))
+
+
+def register_on_npu(
+    operator: str, run: Any = rotary_embedding_into, verifier: Any = supports
+) -> bool:
+    """Offer a kernel on NPUs; whether this process has Triton for Ascend."""
+    if not _has_triton("ascend"):
+        return False
+    dispatch.register(operator, "npu", _implementation(run, verifier))
+    return True
+
+
+def _implementation(run: Any, verifier: Any) -> dispatch.Implementation:
+    return dispatch.Implementation(NAME, run, verifier, _PRIORITY)
 
 
 def _has_triton(backend: str) -> bool:

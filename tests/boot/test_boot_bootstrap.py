@@ -14,6 +14,7 @@ calls = []
 runtime = types.ModuleType("ascend_patch._runtime")
 runtime.begin = calls.append
 runtime.record_internal_error = lambda *_: None
+runtime.current = lambda: types.SimpleNamespace(look_again=lambda: None)
 sys.modules["ascend_patch._runtime"] = runtime
 import ascend_patch; ascend_patch._runtime = runtime
 """

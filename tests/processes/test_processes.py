@@ -234,6 +234,25 @@ def test_what_came_in_past_the_finder_is_found_when_the_model_is_loaded(host):
     assert found.patch("demo")["notes"][0].startswith("vllm.ops had been imported before")
 
 
+def test_what_came_in_past_the_finder_is_found_by_the_plugin_before_that(host):
+    host.patches(BOTH)
+    script = (
+        "import importlib.util, json, sys, vllm\n"
+        "class Stranger:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'vllm.ops':\n"
+        "            return importlib.util.spec_from_file_location(name, path[0] + '/ops.py')\n"
+        "sys.meta_path.insert(0, Stranger())\n"
+        "from ascend_patch import _plugin\n"
+        "import vllm.ops; before = vllm.ops.f(1)\n"
+        "_plugin.load()\n"
+        "print(json.dumps([before, vllm.ops.f(1)]))\n"
+    )
+    found = host.run(script)
+    assert found.value == [["f", 1], ["ours", "f", 1]]
+    assert found.patch("demo")["notes"][0].startswith("vllm.ops had been imported before")
+
+
 # Reverting in a process
 
 
