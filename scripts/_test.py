@@ -55,6 +55,7 @@ def variables(env: _env.Environment) -> dict[str, str]:
     found["ASCEND_PATCH_E2E_PYTHON"] = str(env.python)
     found["ASCEND_PATCH_E2E_PLAIN_PYTHON"] = str(env.plain)
     found["ASCEND_PATCH_E2E_PRELOAD"] = env.preload
+    found["ASCEND_PATCH_E2E_INDUCTOR"] = str(_env.cache_root() / "inductor")
     return found
 
 

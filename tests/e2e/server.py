@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,11 @@ class Setup:
     tensor_parallel: int = 1
     raw_logits: bool = False
 
+    def name(self) -> str:
+        """Return a short name for reports."""
+        mode = "compiled" if self.compiled else "eager"
+        return f"{self.dtype} {mode} tp{self.tensor_parallel}"
+
     def arguments(self) -> list[str]:
         """vLLM's command line. No prefix cache: what one fault has put there outlives it."""
         words = ["--dtype", self.dtype, "--max-model-len", "1024", "--no-enable-prefix-caching"]
@@ -100,7 +106,8 @@ class Lab:
         self.python = find_python()
         self.kept: dict[tuple[Setup, bool], Observed] = {}
         self.models: dict[str, Path] = {}
-        self.seconds: list[str] = []
+        self.started = 0
+        self.inductor = os.environ.get("ASCEND_PATCH_E2E_INDUCTOR", str(folder / "inductor"))
 
     def model(self, dtype: str) -> Path:
         if dtype not in self.models:
@@ -141,8 +148,8 @@ class Lab:
         self, setup: Setup, *, patches: str | None, fault: Path | None = None, **more: str
     ) -> _server.Server:
         """Return a server, not started; `patches` None runs one that has never seen the shim."""
-        name = f"{len(self.seconds)}-{'plain' if patches is None else 'patched'}"
-        self.seconds.append(name)
+        name = f"{self.started}-{'plain' if patches is None else 'patched'}"
+        self.started += 1
         folder = self.folder / "servers" / name
         env = _server.inherited() | _server.base_variables()
         env |= _server.cpu_variables(setup.tensor_parallel)
@@ -150,7 +157,9 @@ class Lab:
             "LD_PRELOAD": self.python.preload,
             "PATH": f"{self.python.plain.parent}:{env.get('PATH', os.defpath)}",
             "VLLM_CACHE_ROOT": str(folder / "vllm-cache"),
-            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+            # vLLM compiles small functions in eager servers too, 15 s with the first request;
+            # inductor's cache goes by the content of a graph, so servers can share it.
+            "TORCHINDUCTOR_CACHE_DIR": self.inductor,
         }
         if patches is not None:
             paths = [self.python.drop_in, str(FAULT_PLUGIN) if fault else ""]
@@ -186,11 +195,11 @@ class Lab:
         return runs[0]
 
 
-def wait_until(condition: Any, seconds: float) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
     """Whether `condition()` came true before the deadline."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.2)
-    return bool(condition())
+    return True

@@ -52,7 +52,8 @@ def test_a_patched_server_gives_the_same_logprobs(
     found = logprobs.compare(unpatched.answers, patched.answers)
     together = logprobs.compare(unpatched.answers, patched.together)
     measured.append(
-        f"{setup}: {found.worst:.2e} apart, limit {limit:.2e}, {found.diverged} other choices; "
+        f"{setup.name()}: {found.worst:.2e} apart, limit {limit:.2e}, "
+        f"{found.diverged} other choices; "
         f"in one batch {together.worst:.2e}; "
         f"started in {unpatched.started_in:.0f} s, patched {patched.started_in:.0f} s"
     )
@@ -76,7 +77,9 @@ def test_a_wrong_kernel_is_noticed(lab: Lab, setup: Setup, fault: str, measured:
     unpatched, patched = lab.unpatched(setup), lab.patched(setup)
     limit = tolerance(setup, unpatched)
     found = logprobs.compare(unpatched.answers, patched.faulty[fault])
-    measured.append(f"{setup}, wrong {fault}: {min(found.prompts):.2f}..{found.worst:.2f} apart")
+    measured.append(
+        f"{setup.name()}, wrong {fault}: {min(found.prompts):.2f}..{found.worst:.2f} apart"
+    )
     # Each prompt on its own: one that a wrong RoPE passes unseen should not be in the list.
     assert min(found.prompts) > POWER * limit, found
 
@@ -115,5 +118,5 @@ def test_an_unpatched_server_agrees_with_itself(lab: Lab, measured: list[str]) -
     """What is left for the patch to explain: a batch against one prompt after the other."""
     unpatched = lab.unpatched(EAGER)
     found = logprobs.compare(unpatched.answers, unpatched.together)
-    measured.append(f"{EAGER}, unpatched, in one batch: {found.worst:.2e} apart")
+    measured.append(f"{EAGER.name()}, unpatched, in one batch: {found.worst:.2e} apart")
     assert found.worst <= FLOAT32_TOLERANCE, found
