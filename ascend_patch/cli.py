@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         ("status", _status, "each patch in each process of the running server"),
         ("explain", _explain, "why a patch would apply here or not, target by target"),
         ("doctor", _doctor, "is anything wrong with this installation? exit status 1 if so"),
-        ("verify", _verify, "run the kernels' cases on the device that is here"),
+        ("verify", _verify, "not there yet: compare the kernels with their oracle on this device"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--json", action="store_true", help="print JSON")
@@ -148,8 +148,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     return _complain(
-        "verify has nothing to compare yet: this version bundles the torch reference only, "
-        "and no kernel for a device",
+        "verify is not there yet; it comes with the self-test at load. In a checkout, "
+        "`scripts/test -- tests/kernels` compares the kernels with their oracle on this machine",
         arguments.json,
     )
 
