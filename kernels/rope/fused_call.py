@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ascend_patch.kernels import dispatch
 from ascend_patch.kernels.rope import tiles, triton_call
+
+OPERATOR = "split_qkv_rmsnorm_rope"
 
 
 def supports(*call: Any) -> tuple[bool, str]:
@@ -39,6 +42,65 @@ def split_qkv_rmsnorm_rope_into(*call: Any) -> None:
     tokens = call[4].shape[0]
     if tokens:
         launch(tokens, tokens, *call)
+
+
+def warm(
+    qkv: Tensor,
+    positions: Tensor,
+    cos_sin_cache: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    eps: float,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    is_neox_style: bool = True,
+    mrope_section: Sequence[int] | None = None,
+    mrope_interleaved: bool = False,
+    weight_offset: float = 0.0,
+    has_gate: bool = False,
+) -> bool:
+    """Compile and load what calls like this one need, before a device graph is captured.
+
+    The arguments are those of ``split_qkv_rmsnorm_rope``; the number of tokens does not count, and
+    no memory of theirs is read or written. Returns False where this kernel would not be used.
+    """
+    tokens = qkv.shape[0]
+    heads = [num_q_heads, num_kv_heads, num_kv_heads] + [num_q_heads] * has_gate
+    out = [qkv.new_empty(tokens, n * head_size) for n in heads]
+    call = (
+        *out,
+        *([] if has_gate else [None]),
+        qkv,
+        positions,
+        cos_sin_cache,
+        q_weight,
+        k_weight,
+        q_bias,
+        k_bias,
+        num_q_heads,
+        num_kv_heads,
+        head_size,
+        eps,
+        is_neox_style,
+        mrope_section,
+        mrope_interleaved,
+        weight_offset,
+    )
+    choice = dispatch.select(OPERATOR, qkv.device.type, *call)
+    if choice.implementation is None or choice.implementation.name != triton_call.NAME:
+        return False
+    for planned in tiles.VARIANTS[qkv.device.type]:
+        launch(planned, 0, *call)
+    return True
+
+
+def register_on_npu() -> bool:
+    """Offer the kernel on NPUs, once a self-test has admitted it; False without Ascend's Triton."""
+    return triton_call.register_on_npu(OPERATOR, split_qkv_rmsnorm_rope_into, supports)
 
 
 def launch(planned: int, tokens: int, *call: Any) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ascend_patch.kernels import dispatch
 from ascend_patch.kernels.rope import checks, fused_call, fused_reference, triton_call
 
-OPERATOR = "split_qkv_rmsnorm_rope"
+OPERATOR = fused_call.OPERATOR
 QUALIFIED = f"ascend_patch::{OPERATOR}"
 _SCHEMA = (
     "(Tensor qkv, Tensor positions, Tensor cos_sin_cache, Tensor q_weight, Tensor k_weight, "

@@ -1,7 +1,7 @@
 """Tile sizes of the rotary kernels: plain arithmetic and a table, no tuning at run time.
 
 Nothing here imports torch or triton. The number of tokens decides nothing on Ascend; on CUDA it
-picks one of three variants of a kernel, so that a few compilations serve every batch.
+picks one of two variants of a kernel, so that two compilations serve every batch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 # Ascend: a larger grid fails to launch, and a vector core has 192 KiB of unified buffer.
 MAX_PROGRAMS = 65535
 UNIFIED_BUFFER = 192 * 1024
+# CUDA: the first axis of a grid. A program that loops instead costs up to a seventh (65536 tokens).
+_CUDA_PROGRAMS = 2**31 - 1
 
 # Bytes of unified buffer for each pair of elements in a tile: what AscendNPU IR 1.2.0 planned for
 # the shapes in cases.py (Ascend910B3, both buffers of its double buffering), rounded up. The test
@@ -35,7 +37,7 @@ _CUDA_SPLIT_PAIRS = 512
 _CUDA_PAIRS = 8192
 _FUSED_REST_PAIRS = 1024
 # One number of tokens for each variant that a device type has: what a warm-up goes through.
-VARIANTS = {"cuda": (1, _CUDA_SPLIT_TOKENS + 1, MAX_PROGRAMS + 1), "npu": (1,)}
+VARIANTS = {"cuda": (1, _CUDA_SPLIT_TOKENS + 1), "npu": (1,)}
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def fused_unified_buffer_bytes(tiles: Tiles, itemsize: int, is_neox_style: bool)
 def cuda_tiles(
     tokens: int, query_heads: int, key_heads: int, head_size: int, rotary_dim: int
 ) -> Tiles:
-    """Tiles that stay in registers; a small batch is split further, a huge one loops."""
+    """Tiles that stay in registers; a small batch is split further."""
     half_pad, rest_pad = _padded(head_size, rotary_dim)
     split = tokens <= _CUDA_SPLIT_TOKENS
     pairs = _CUDA_SPLIT_PAIRS if split else _CUDA_PAIRS
@@ -164,7 +166,7 @@ def cuda_tiles(
         rest_pad=rest_pad,
         num_warps=_CUDA_WARPS,
         split=split,
-        loops=tokens > MAX_PROGRAMS,
+        loops=tokens > _CUDA_PROGRAMS,
         shared_row=False,
     )
 

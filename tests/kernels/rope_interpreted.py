@@ -39,12 +39,12 @@ def interpreted_fused_cases() -> list[fused_cases.FusedCase]:
 
 def force(variant: str) -> None:
     """Have the launch take this variant's tiles, whatever the number of tokens."""
-    tokens = {"split": 1, "token": 1000, "loops": tiles.MAX_PROGRAMS + 1}
+    tokens = {"split": 1, "token": 1000, "loops": 1000}
     plan_of = triton_call.plan_of
 
     def forced(_tokens, *call):
         if variant != "ascend":
-            return plan_of(tokens[variant], *call)
+            return replace(plan_of(tokens[variant], *call), loops=variant == "loops")
         heads = (call[3].shape[1] // call[6], 0 if call[4] is None else call[4].shape[1] // call[6])
         rotary_dim, itemsize = call[5].shape[1], call[3].element_size()
         return tiles.ascend_tiles(*heads, call[6], rotary_dim, itemsize, call[7])
@@ -53,7 +53,7 @@ def force(variant: str) -> None:
 
     def fused_forced(_tokens, *call):
         if variant != "ascend":
-            return fused_plan_of(tokens[variant], *call)
+            return replace(fused_plan_of(tokens[variant], *call), loops=variant == "loops")
         rotary_dim, itemsize = call[6].shape[1], call[4].element_size()
         return tiles.fused_ascend_tiles(*call[11:14], rotary_dim, itemsize, call[15])
 
