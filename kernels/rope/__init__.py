@@ -1,7 +1,7 @@
 """Rotary position embedding: functional, in place, and on given angles.
 
-``rotary_embedding`` and ``rotary_embedding_`` go through registered operators (see ``ops``) to the
-implementation that ``dispatch`` picks for the tensors' device. ``apply_rotary`` is plain torch.
+Each function goes through a registered operator (see ``ops``) to the implementation that
+``dispatch`` picks for the tensors' device.
 
 A position outside the cache is moved to its nearest row, on every device: nothing outside the cache
 is ever read. The checked mode (``check=True``, or ASCEND_PATCHES_CHECK=1 in the environment) turns
@@ -16,12 +16,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ascend_patch.kernels.rope import checks, fused_ops, ops, reference
+from ascend_patch.kernels.rope import angles_ops, checks, fused_ops, ops
 
 __all__ = ["apply_rotary", "rotary_embedding", "rotary_embedding_", "split_qkv_rmsnorm_rope"]
 
 ops.register_operators()
 fused_ops.register_operator()
+angles_ops.register_operator()
 
 
 def rotary_embedding(
@@ -127,16 +128,12 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, is_neox_style: bool) ->
 
     Raises:
         TypeError: x, cos or sin is not floating point.
-        ValueError: shapes that do not fit.
+        ValueError: shapes or devices that do not fit.
 
     Source: RoFormer, arXiv:2104.09864, eq. 34.
     """
-    checks.check_angles(x, cos, sin)
-    # [(b,) s, half] -> [(b,) s, 1, half]; [s, 1, half] broadcasts over the batch by itself.
-    angles = cos.float().unsqueeze(-2), sin.float().unsqueeze(-2)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    reference.rotate_into(out, x, *angles, is_neox_style)
-    return out
+    rotated: Tensor = torch.ops.ascend_patch.apply_rotary.default(x, cos, sin, is_neox_style)
+    return rotated
 
 
 def split_qkv_rmsnorm_rope(

@@ -141,6 +141,9 @@ def check_angles(x: Tensor, cos: Tensor, sin: Tensor) -> None:
             f"for x {_shape(x)}, cos and sin must be [s, rotary_dim/2] or [b, s, rotary_dim/2], "
             f"but they are {_shape(cos)}."
         )
+    for name, angles in (("cos", cos), ("sin", sin)):
+        if angles.device != x.device:
+            raise ValueError(f"{name} is on {angles.device} but x is on {x.device}.")
     if 2 * cos.shape[-1] > x.shape[-1]:
         raise ValueError(
             f"cos and sin hold {cos.shape[-1]} frequencies, which rotate {2 * cos.shape[-1]} "

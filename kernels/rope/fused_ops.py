@@ -5,7 +5,6 @@ Importing this module registers it, once in a process.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,13 @@ import torch
 from torch import Tensor
 
 from ascend_patch.kernels import dispatch
-from ascend_patch.kernels.rope import checks, fused_call, fused_reference, triton_call
+from ascend_patch.kernels.rope import (
+    checks,
+    fused_call,
+    fused_reference,
+    registration,
+    triton_call,
+)
 
 OPERATOR = fused_call.OPERATOR
 QUALIFIED = f"ascend_patch::{OPERATOR}"
@@ -89,25 +94,9 @@ def _run(*call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q, k, v, gate
 
 
-_lock = threading.Lock()
-# Survives importlib.reload, which executes this file again in the same namespace.
-_library: torch.library.Library | None = globals().get("_library")
-
-
 def register_operator() -> None:
     """Define the operator unless it exists; safe to call any number of times."""
-    global _library
-    with _lock:
-        if _library is not None or hasattr(torch.ops.ascend_patch, OPERATOR):
-            return
-        make_library: Any = torch.library.Library
-        library = make_library("ascend_patch", "FRAGMENT")
-        strides = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
-        library.define(OPERATOR + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag, strides))
-        for key in ("CPU", "CUDA", "PrivateUse1"):
-            library.impl(OPERATOR, _run, key)
-        torch.library.register_fake(QUALIFIED, _outputs, lib=library)
-        _library = library
+    registration.define(OPERATOR, _SCHEMA, _run, _outputs)
 
 
 register_operator()

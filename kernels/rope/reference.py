@@ -82,6 +82,14 @@ def rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, is_neox_style:
         out[..., rotary_dim:].copy_(x[..., rotary_dim:])
 
 
+def apply_rotary_into(
+    out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, is_neox_style: bool
+) -> None:
+    """Rotate x [(b,) s, h, d] by cos, sin [(b,) s, rotary_dim/2] into ``out``, of x's shape."""
+    # [(b,) s, half] -> [(b,) s, 1, half]; [s, 1, half] broadcasts over the batch by itself.
+    rotate_into(out, x, cos.float().unsqueeze(-2), sin.float().unsqueeze(-2), is_neox_style)
+
+
 def rotary_embedding_into(
     out_query: Tensor,
     out_key: Tensor | None,

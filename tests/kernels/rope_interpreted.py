@@ -11,11 +11,20 @@ import sys
 import traceback
 from dataclasses import replace
 
+import angles_judge
 import fused_judge
 from rope_judge import run_and_judge
 
 from ascend_patch.kernels import dispatch
-from ascend_patch.kernels.rope import cases, fused_call, fused_cases, tiles, triton_call
+from ascend_patch.kernels.rope import (
+    angles_call,
+    angles_cases,
+    cases,
+    fused_call,
+    fused_cases,
+    tiles,
+    triton_call,
+)
 
 SEED = 1
 # A small batch is split by heads, a program takes a token, a program loops: each with few tokens.
@@ -35,6 +44,11 @@ def interpreted_fused_cases() -> list[fused_cases.FusedCase]:
         shape = replace(case.rope, tokens=min(case.rope.tokens, 3))
         found.append(replace(case, rope=replace(shape, query_heads=min(shape.query_heads, 12))))
     return found
+
+
+def interpreted_angles_cases() -> list[angles_cases.AnglesCase]:
+    spread = angles_cases.angles_cases()[::2]
+    return [replace(c, places=min(c.places, 3), heads=min(c.heads, 12)) for c in spread]
 
 
 def force(variant: str) -> None:
@@ -57,7 +71,17 @@ def force(variant: str) -> None:
         rotary_dim, itemsize = call[6].shape[1], call[4].element_size()
         return tiles.fused_ascend_tiles(*call[11:14], rotary_dim, itemsize, call[15])
 
+    angles_plan_of = angles_call.plan_of
+
+    def angles_forced(_tokens, *call):
+        if variant != "ascend":
+            return replace(angles_plan_of(tokens[variant], *call), loops=variant == "loops")
+        _, x, cos, _, style = call
+        rotary_dim = 2 * cos.shape[-1]
+        return tiles.ascend_tiles(x.shape[-2], 0, x.shape[-1], rotary_dim, x.itemsize, style)
+
     triton_call.plan_of, fused_call.plan_of = forced, fused_forced
+    angles_call.plan_of = angles_forced
     if variant in ("loops", "ascend"):
         # Two programs for three tokens: one of them takes two.
         grid = tiles.grid
@@ -73,9 +97,14 @@ def main() -> None:
     call = fused_call.split_qkv_rmsnorm_rope_into
     fused = dispatch.Implementation("triton", call, fused_call.supports, 10)
     dispatch.register("split_qkv_rmsnorm_rope", "cpu", fused)
+    angles = dispatch.Implementation(
+        "triton", angles_call.apply_rotary_into, angles_call.supports, 10
+    )
+    dispatch.register("apply_rotary", "cpu", angles)
     found = {}
     calls = [(case, run_and_judge) for case in interpreted_cases()]
     calls += [(case, fused_judge.run_and_judge) for case in interpreted_fused_cases()]
+    calls += [(case, angles_judge.run_and_judge) for case in interpreted_angles_cases()]
     for case, judge in calls[offset :: len(VARIANTS)]:
         try:
             judge(case, SEED)
