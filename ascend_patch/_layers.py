@@ -25,12 +25,14 @@ def layers(function: Any) -> Iterator[Any]:
 
 def holds(function: Any, ours: Any) -> bool:
     """Whether `ours` is among the layers: in a wrapped attribute, or in a closure, at any depth."""
+    # A stranger who took `owner.name` holds the function, and never the descriptor it was in.
+    core = ours.__func__ if type(ours) in DESCRIPTORS else ours
     seen: set[int] = set()
     waiting = [function]
     while waiting:
         for layer in layers(waiting.pop()):
             # What wrapt gives for `owner.name` is bound, and knows what it was bound from.
-            if layer is ours or getattr(layer, "_self_parent", None) is ours:
+            if layer is ours or layer is core or getattr(layer, "_self_parent", None) is ours:
                 return True
             if id(layer) in seen:
                 break
