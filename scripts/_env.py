@@ -36,6 +36,10 @@ FREE_GB = 9
 LOCK_SECONDS = 2700
 KEEP_SHIMS = 4
 
+# The releases that a lock file describes, and the Python that each needs at least.
+RELEASES = {"0.18.0": (3, 10), "0.32.0": (3, 11)}
+DEFAULT, NEWEST = "0.18.0", "0.32.0"
+
 # What makes an installed shim another one.
 SHIM_SOURCES = ("ascend_patch", "kernels", "sitecustomize.py", "setup.py", "setup.cfg")
 SHIM_BUILD_FILES = ("pyproject.toml", "MANIFEST.in", "README.md")
@@ -75,36 +79,55 @@ def cache_root() -> Path:
     return root.absolute() / "ascend-patch"
 
 
-def prepare(*, device: str = "auto", tests: bool = False) -> Environment:
+def prepare(
+    *, device: str = "auto", release: str | None = None, tests: bool = False
+) -> Environment:
     """Return an environment to run servers in, made if need be.
 
     Args:
         device: "auto", or what to prepare for.
-        tests: Add what scripts/test runs, and always use an environment of our own.
+        release: One of `RELEASES`, in an environment of our own; None takes the vLLM that is
+            there, or else `DEFAULT`.
+        tests: Always use an environment of our own, and add what scripts/test runs to that of
+            `DEFAULT`; the tests talk to servers of other releases from there.
 
     Raises:
         SetupError: It cannot be made; the message says what to do.
     """
     found = find_device() if device == "auto" else device
-    if not tests:
+    if not tests and release is None:
         theirs = python_with_vllm()
         if theirs is not None:
             say(f"using the vLLM of {theirs}")
             return _add_shim_to(theirs, found)
-        if found == "npu":
-            raise SetupError(
-                "There is an Ascend NPU but no vLLM here: start this inside the environment (or "
-                "the vllm-ascend image) that has it, or pass --device cpu for the CPU build."
-            )
+    if not tests and found == "npu":
+        raise SetupError(
+            "There is an Ascend NPU and this makes no environment for it: start this inside the "
+            "one (or the vllm-ascend image) that has vLLM, without --vllm, or pass --device cpu "
+            "for the CPU build."
+        )
+    release = release or DEFAULT
     if found == "cuda" and not tests:
+        if release != DEFAULT:
+            raise SetupError(
+                f"For GPUs this installs vLLM {DEFAULT} only; pass --device cpu for the CPU build "
+                f"of {release}, or start this inside an environment that has it, without --vllm."
+            )
         requirements, overrides, needs = SCRIPTS / "requirements-cuda.txt", None, ["venv"]
     else:
-        requirements, overrides = SCRIPTS / "requirements-cpu.txt", SCRIPTS / "overrides-cpu.txt"
+        requirements = SCRIPTS / f"requirements-cpu-{release}.txt"
+        overrides = SCRIPTS / f"overrides-cpu-{release}.txt"
         needs, found = ["venv", "tcmalloc", "numa"], "cpu"
+    if sys.version_info < RELEASES[release]:
+        raise SetupError(
+            f"vLLM {release} needs Python {'.'.join(map(str, RELEASES[release]))} and this is "
+            f"{sys.version.split()[0]}; name a newer one in ASCEND_PATCH_PYTHON."
+        )
     if tests:
         needs.append("compiler")
     ensure_system(needs)
-    base = vllm_venv(found, requirements, overrides, tests=tests)
+    tools = tests and release == DEFAULT
+    base = vllm_venv(found, release, requirements, overrides, tools=tools)
     shim = shim_venv(base)
     return Environment(
         python=shim / "bin/python",
@@ -114,12 +137,14 @@ def prepare(*, device: str = "auto", tests: bool = False) -> Environment:
     )
 
 
-def vllm_venv(device: str, requirements: Path, overrides: Path | None, *, tests: bool) -> Path:
+def vllm_venv(
+    device: str, release: str, requirements: Path, overrides: Path | None, *, tools: bool
+) -> Path:
     """Return the virtual environment with vLLM, built if it is missing or half-built."""
     files = [requirements] if overrides is None else [requirements, overrides]
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     key = digest_of(files, LAYOUT, version, platform.machine(), sys.base_prefix)
-    venv = cache_root() / "venvs" / f"vllm-0.18.0-{device}-py{version}-{key[:8]}"
+    venv = cache_root() / "venvs" / f"vllm-{release}-{device}-py{version}-{key[:8]}"
     with locked(venv):
         if not _complete(venv, key):
             _check_space(venv)
@@ -129,12 +154,12 @@ def vllm_venv(device: str, requirements: Path, overrides: Path | None, *, tests:
             _installer.install(venv, requirements, cache_root(), overrides=overrides)
             _finish(venv, key)
             say(f"vLLM installed in {time.monotonic() - began:.0f} s")
-        tools = SCRIPTS / "requirements-test.txt"
-        tools_key = digest_of([tools])
-        if tests and not _complete(venv, tools_key, "tools"):
+        more = SCRIPTS / "requirements-test.txt"
+        more_key = digest_of([more])
+        if tools and not _complete(venv, more_key, "tools"):
             say("adding pytest, ruff and mypy")
-            _installer.install(venv, tools, cache_root())
-            _finish(venv, tools_key, "tools")
+            _installer.install(venv, more, cache_root())
+            _finish(venv, more_key, "tools")
     return venv
 
 

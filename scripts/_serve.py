@@ -40,6 +40,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--port", type=int, help="default: a free one")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--device", choices=["auto", "npu", "cuda", "cpu"], default="auto")
+    parser.add_argument(
+        "--vllm",
+        dest="release",
+        choices=list(_env.RELEASES),
+        help=f"the release to make an environment for (CPU; otherwise {_env.DEFAULT}, or the one "
+        "that is there)",
+    )
     parser.add_argument("--deadline", type=float, default=900, help="seconds to start (900)")
     args = parser.parse_args(arguments[:split])
     args.vllm = arguments[split + 1 :]
@@ -49,7 +56,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def tiny_model(env: _env.Environment) -> Path:
     """Return the tiny model, made with the environment's own torch when it is first needed."""
     script = _env.SCRIPTS / "_tiny_model.py"
-    folder = _env.cache_root() / "models" / f"tiny-qwen3-{_env.digest_of([script])[:8]}"
+    sources = [script, _env.SCRIPTS / "_tiny_weights.py"]
+    folder = _env.cache_root() / "models" / f"tiny-qwen3-{_env.digest_of(sources)[:8]}"
     with _env.locked(folder):
         if not (folder / "config.json").exists():
             say(f"making a tiny random Qwen3 in {folder}")
@@ -127,7 +135,7 @@ def print_status(env: _env.Environment, variables: dict[str, str]) -> None:
 
 
 def serve(args: argparse.Namespace) -> None:
-    env = _env.prepare(device=args.device)
+    env = _env.prepare(device=args.device, release=args.release)
     arguments = list(args.vllm)
     if args.model is None:
         model = str(tiny_model(env))

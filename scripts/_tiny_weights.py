@@ -1,0 +1,279 @@
+"""The tiny models: for each kind its configuration and its random weights.
+
+Random weights are easily useless for a test. With the customary small scales a token's own
+embedding dominates the residual stream, the output is one token for ever, and a wrong RoPE hardly
+shows. The scales here are chosen against that:
+
+- embeddings are small beside what attention and the MLP add, and the head is not tied to them, so
+  a token does not predict itself;
+- queries and keys have gain (in the norms of Qwen3, elsewhere in the projections), so attention is
+  sharp and follows the rotation;
+- all tokens but whole words have a zero head row: they are never the greedy choice, so answers
+  are readable and never end early.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS = 256, 512, 2, 4, 2
+MAX_POSITIONS = 4096
+# YaRN's: shorter than the tests' longer prompts, so that scaling matters.
+ORIGINAL_POSITIONS = 1024
+EMBED_STD = 0.3
+ATTENTION_GAIN = 1.5  # standard deviation of a score before the softmax is about its square
+VALUE_GAIN = 1.2
+LOGIT_STD = 2.0
+
+GLM_HEAD_DIM, GLM_PARTIAL = 192, 0.5
+
+VL_HEAD_DIM = HIDDEN // HEADS
+VL_SECTIONS = [8, 12, 12]
+PATCH, TEMPORAL, MERGE = 14, 2, 2
+VISION_HIDDEN, VISION_INTERMEDIATE, VISION_DEPTH, VISION_HEADS = 128, 256, 2, 2
+# An image token enters with what attention adds, above a word's embedding.
+IMAGE_STD = 1.0
+
+State = dict[str, Any]
+
+
+class Draw:
+    """Random matrices from one generator, in the order in which they are asked for."""
+
+    def __init__(self, seed: int) -> None:
+        import torch
+
+        self.torch = torch
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int, std: float) -> Any:
+        return self.torch.randn(*shape, generator=self.generator) * std
+
+    def linear(self, out_features: int, in_features: int, gain: float = 1.0) -> Any:
+        """Weights that give a unit input an output with `gain` for standard deviation."""
+        return self.normal(out_features, in_features, std=gain / math.sqrt(in_features))
+
+    def full(self, size: int, value: float = 1.0) -> Any:
+        return self.torch.full((size,), value)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One tiny model.
+
+    Attributes:
+        config: Of a vocabulary size, what config.json says besides what all of them have.
+        weights: Draws one decoder layer's attention and norms, given the layer's prefix.
+        more: Draws what the model has besides embeddings, decoder layers and head.
+        images: Takes images: the tokenizer has their special tokens.
+    """
+
+    config: Callable[[dict[str, int]], State]
+    weights: Callable[[Draw, str], State]
+    more: Callable[[Draw], State] = lambda draw: {}
+    images: bool = False
+
+
+def common(vocab: dict[str, int], dtype: str) -> State:
+    """Return what every config.json says."""
+    return {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": vocab["<|endoftext|>"],
+        "eos_token_id": vocab["<|im_end|>"],
+        "hidden_act": "silu",
+        "hidden_size": HIDDEN,
+        "initializer_range": 0.02,
+        "intermediate_size": INTERMEDIATE,
+        "max_position_embeddings": MAX_POSITIONS,
+        "num_attention_heads": HEADS,
+        "num_hidden_layers": LAYERS,
+        "num_key_value_heads": KV_HEADS,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        # Not 1e6: with prompts of tens of tokens most of the pairs should turn visibly.
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        "vocab_size": len(vocab),
+    }
+
+
+def draw_state(kind: Kind, vocab_size: int, silent: list[int], seed: int) -> State:
+    """Return a model's state dictionary in float32."""
+    draw = Draw(seed)
+    embed = draw.normal(vocab_size, HIDDEN, std=EMBED_STD)
+    head = draw.linear(vocab_size, HIDDEN, gain=LOGIT_STD)
+    head[silent] = 0
+    state = {
+        "model.embed_tokens.weight": embed,
+        "model.norm.weight": draw.full(HIDDEN),
+        "lm_head.weight": head,
+    }
+    for i in range(LAYERS):
+        state |= kind.weights(draw, f"model.layers.{i}.")
+    return state | kind.more(draw)
+
+
+def attention(draw: Draw, layer: str, head_dim: int, gain: float = 1.0) -> State:
+    """Return the projections of one decoder layer's attention; `gain` on queries and keys."""
+    attn = layer + "self_attn."
+    return {
+        attn + "q_proj.weight": draw.linear(HEADS * head_dim, HIDDEN, gain=gain),
+        attn + "k_proj.weight": draw.linear(KV_HEADS * head_dim, HIDDEN, gain=gain),
+        attn + "v_proj.weight": draw.linear(KV_HEADS * head_dim, HIDDEN, gain=VALUE_GAIN),
+        attn + "o_proj.weight": draw.linear(HIDDEN, HEADS * head_dim, gain=VALUE_GAIN),
+    }
+
+
+def feed_forward(draw: Draw, layer: str) -> State:
+    mlp = layer + "mlp."
+    return {
+        mlp + "gate_proj.weight": draw.linear(INTERMEDIATE, HIDDEN),
+        mlp + "up_proj.weight": draw.linear(INTERMEDIATE, HIDDEN),
+        mlp + "down_proj.weight": draw.linear(HIDDEN, INTERMEDIATE),
+        layer + "input_layernorm.weight": draw.full(HIDDEN),
+        layer + "post_attention_layernorm.weight": draw.full(HIDDEN),
+    }
+
+
+def qwen3_kind(*, head_dim: int = 128, yarn: bool = False) -> Kind:
+    """Return Qwen3: NeoX style, queries and keys normalised; with YaRN or without."""
+    scaling = {
+        "rope_type": "yarn",
+        "factor": MAX_POSITIONS / ORIGINAL_POSITIONS,
+        "original_max_position_embeddings": ORIGINAL_POSITIONS,
+    }
+
+    def config(_vocab: dict[str, int]) -> State:
+        return {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "head_dim": head_dim,
+            "max_window_layers": LAYERS,
+            "rope_scaling": scaling if yarn else None,
+            "sliding_window": None,
+            "use_sliding_window": False,
+        }
+
+    def weights(draw: Draw, layer: str) -> State:
+        attn = layer + "self_attn."
+        return {
+            **attention(draw, layer, head_dim),
+            attn + "q_norm.weight": draw.full(head_dim, ATTENTION_GAIN),
+            attn + "k_norm.weight": draw.full(head_dim, ATTENTION_GAIN),
+            **feed_forward(draw, layer),
+        }
+
+    return Kind(config, weights)
+
+
+def glm4_kind() -> Kind:
+    """Return GLM-4: GPT-J style, half of each head turned; 96 is no power of two."""
+
+    def config(_vocab: dict[str, int]) -> State:
+        return {
+            "architectures": ["Glm4ForCausalLM"],
+            "model_type": "glm4",
+            "head_dim": GLM_HEAD_DIM,
+            "pad_token_id": 0,
+            "partial_rotary_factor": GLM_PARTIAL,
+        }
+
+    def weights(draw: Draw, layer: str) -> State:
+        state = attention(draw, layer, GLM_HEAD_DIM, gain=ATTENTION_GAIN)
+        state |= feed_forward(draw, layer)
+        halves = [state.pop(f"{layer}mlp.{name}_proj.weight") for name in ("gate", "up")]
+        state[layer + "mlp.gate_up_proj.weight"] = draw.torch.cat(halves)
+        state[layer + "post_self_attn_layernorm.weight"] = draw.full(HIDDEN)
+        state[layer + "post_mlp_layernorm.weight"] = draw.full(HIDDEN)
+        return state
+
+    return Kind(config, weights)
+
+
+def qwen25vl_kind() -> Kind:
+    """Return Qwen2.5-VL: MRoPE in the text model, rotary by angles in the vision tower."""
+
+    def config(vocab: dict[str, int]) -> State:
+        return {
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+            "model_type": "qwen2_5_vl",
+            "image_token_id": vocab["<|image_pad|>"],
+            "video_token_id": vocab["<|video_pad|>"],
+            "vision_token_id": vocab["<|vision_pad|>"],
+            "vision_start_token_id": vocab["<|vision_start|>"],
+            "vision_end_token_id": vocab["<|vision_end|>"],
+            "max_window_layers": LAYERS,
+            "rope_scaling": {"type": "mrope", "mrope_section": VL_SECTIONS},
+            "sliding_window": MAX_POSITIONS,
+            "use_sliding_window": False,
+            "vision_config": {
+                "model_type": "qwen2_5_vl",
+                "depth": VISION_DEPTH,
+                "fullatt_block_indexes": [VISION_DEPTH - 1],
+                "hidden_act": "silu",
+                "hidden_size": VISION_HIDDEN,
+                "in_channels": 3,
+                "in_chans": 3,
+                "intermediate_size": VISION_INTERMEDIATE,
+                "num_heads": VISION_HEADS,
+                "out_hidden_size": HIDDEN,
+                "patch_size": PATCH,
+                "spatial_merge_size": MERGE,
+                "spatial_patch_size": PATCH,
+                "temporal_patch_size": TEMPORAL,
+                "tokens_per_second": 2,
+                "window_size": 8 * PATCH,
+            },
+        }
+
+    def weights(draw: Draw, layer: str) -> State:
+        attn = layer + "self_attn."
+        return {
+            **attention(draw, layer, VL_HEAD_DIM, gain=ATTENTION_GAIN),
+            attn + "q_proj.bias": draw.full(HEADS * VL_HEAD_DIM, 0.0),
+            attn + "k_proj.bias": draw.full(KV_HEADS * VL_HEAD_DIM, 0.0),
+            attn + "v_proj.bias": draw.full(KV_HEADS * VL_HEAD_DIM, 0.0),
+            **feed_forward(draw, layer),
+        }
+
+    return Kind(config, weights, more=vision_tower, images=True)
+
+
+def vision_tower(draw: Draw) -> State:
+    """Return Qwen2.5-VL's vision tower."""
+    hidden, wide, merged = VISION_HIDDEN, VISION_INTERMEDIATE, VISION_HIDDEN * MERGE**2
+    patch = draw.linear(hidden, 3 * TEMPORAL * PATCH**2, gain=EMBED_STD)
+    state = {"visual.patch_embed.proj.weight": patch.view(hidden, 3, TEMPORAL, PATCH, PATCH)}
+
+    def put(name: str, out_features: int, in_features: int, gain: float = 1.0) -> None:
+        state[f"visual.{name}.weight"] = draw.linear(out_features, in_features, gain=gain)
+        state[f"visual.{name}.bias"] = draw.full(out_features, 0.0)
+
+    for i in range(VISION_DEPTH):
+        block = f"blocks.{i}."
+        state |= {f"visual.{block}norm{n}.weight": draw.full(hidden) for n in (1, 2)}
+        put(block + "attn.qkv", 3 * hidden, hidden)
+        # Queries and keys come first.
+        state[f"visual.{block}attn.qkv.weight"][: 2 * hidden] *= ATTENTION_GAIN
+        put(block + "attn.proj", hidden, hidden, gain=VALUE_GAIN)
+        put(block + "mlp.gate_proj", wide, hidden)
+        put(block + "mlp.up_proj", wide, hidden)
+        put(block + "mlp.down_proj", hidden, wide)
+    state["visual.merger.ln_q.weight"] = draw.full(hidden)
+    put("merger.mlp.0", merged, merged, gain=2.0)
+    put("merger.mlp.2", HIDDEN, merged, gain=IMAGE_STD)
+    return state
+
+
+KINDS: dict[str, Kind] = {
+    "qwen3": qwen3_kind(),
+    "qwen3-yarn": qwen3_kind(yarn=True),
+    "glm4": glm4_kind(),
+    "qwen2.5-vl": qwen25vl_kind(),
+}
