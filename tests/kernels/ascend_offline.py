@@ -9,15 +9,19 @@ Triton lowers to linalg, AscendNPU IR's bishengir-compile lowers that to HIVM wi
 planned; it reports what does not fit. Only its last step, HIVM to machine code, is part of CANN: a
 script that copies the HIVM stands in for it. Execution lowers the linalg with upstream MLIR passes
 instead (Debian: mlir-19-tools, llvm-19, gcc). Programs then run one after another.
+
+The linalg form says what goes through global memory: a tally of it is called before each copy.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import importlib.util
 import itertools
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -53,8 +57,8 @@ PASSES = (
     "--reconcile-unrealized-casts",
 )
 # What MLIR calls for memref.copy between layouts: two unranked memrefs (rank, descriptor), where a
-# descriptor is {allocated, aligned, offset, sizes[rank], strides[rank]}.
-MEMREF_COPY = r"""
+# descriptor is {allocated, aligned, offset, sizes[rank], strides[rank]}. And the tally.
+SUPPORT = r"""
 #include <stdint.h>
 #include <string.h>
 struct unranked { int64_t rank; int64_t *descriptor; };
@@ -70,7 +74,16 @@ void memrefCopy(int64_t width, struct unranked *from, struct unranked *to) {
   walk((char *)a[1] + a[2] * width, (char *)b[1] + b[2] * width, rank, a + 3, a + 3 + rank,
        b + 3 + rank, width);
 }
+int64_t tally[2];
+void tally_read(int64_t bytes) { tally[0] += bytes; }
+void tally_written(int64_t bytes) { tally[1] += bytes; }
 """
+_COPY = re.compile(r"^ *memref\.copy (%\w+), %\w+ : (memref<[^>]*>*) to ")
+_STORE = re.compile(
+    r"^ *bufferization\.materialize_in_destination .* in writable (%\w+) : \(.*, (memref<.*>)\) ->"
+)
+_SCALAR = re.compile(r"^ *%\w+ = memref\.load (%\w+)\[.*\] : (memref<.*>)$")
+_WIDTHS = {"f32": 4, "i32": 4, "f16": 2, "bf16": 2, "i16": 2, "i64": 8, "i8": 1, "i1": 1}
 
 
 def activate() -> Path:
@@ -103,38 +116,28 @@ def activate() -> Path:
         def get_current_device(self) -> int:
             return 0
 
+        def get_current_stream(self, device: Any = None) -> int:
+            return 0
+
     runtime.set_active(Offline())
     return tools
 
 
-def compile_kernel(kernel: Any, values: Any, constants: dict[str, Any]) -> Any:
-    """Compile for the values' types; `.asm` has "ttadapter" (linalg) and "npubin" (HIVM)."""
-    import torch
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def versions() -> str:
+    """Of the compiler: part of what a cached result, and the committed table, is good for."""
+    names = ("triton-ascend", "ascendnpu-ir")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
-    names = {
-        torch.bfloat16: "bf16",
-        torch.float16: "fp16",
-        torch.float32: "fp32",
-        torch.int32: "i32",
-        torch.int64: "i64",
-    }
-    signature = {
-        name: "*" + names[value.dtype] if isinstance(value, torch.Tensor) else "i32"
-        for name, value in zip(kernel.arg_names, values, strict=False)
-    }
-    signature |= dict.fromkeys(constants, "constexpr")
-    source = ASTSource(kernel, signature, constants)
-    return triton.compile(source, target=GPUTarget("npu", ARCHITECTURE, 0), options={})
+
+def compile_kernel(kernel: Any, values: Any, constants: dict[str, Any]) -> Any:
+    """What a launch would compile; `.asm` has "ttadapter" (linalg) and "npubin" (HIVM)."""
+    return kernel.warmup(*values, grid=(1, 1, 1), **constants)
 
 
 def unified_buffer(compiled: Any) -> int:
     """Bytes of unified buffer that the compiler planned: the end of its last allocation."""
     text = compiled.asm["npubin"]
     text = text.decode() if isinstance(text, bytes) else text
-    widths = {"f32": 4, "i32": 4, "f16": 2, "bf16": 2, "i16": 2, "i64": 8, "i8": 1, "i1": 1}
     # Constants are named after their value (%c128_i64), so an address can be read off its name.
     cast = re.compile(
         r"pointer_cast\((%c\d+_i64(?:, %c\d+_i64)*)\)[^:]*: "
@@ -142,33 +145,75 @@ def unified_buffer(compiled: Any) -> int:
     )
     ends = [0]
     for addresses, shape, element in cast.findall(text):
-        size = widths[element]
+        size = _WIDTHS[element]
         for extent in filter(None, shape.split("x")):
             size *= int(extent)
         ends += [int(address) + size for address in re.findall(r"%c(\d+)_i64", addresses)]
     return max(ends)
 
 
-def build(compiled: Any, name: str, tools: Path) -> Any:
-    """The linalg form as a function of this machine."""
+def with_tally(text: str) -> str:
+    """The linalg form with a call before each access of global memory: how many bytes it is."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        for pattern, name in ((_COPY, "read"), (_SCALAR, "read"), (_STORE, "written")):
+            found = pattern.match(line)
+            if found:
+                lines += _call(found[1], found[2], f"tally_{name}", scalar=pattern is _SCALAR)
+        lines.append(line)
+        if line.startswith("module"):
+            lines += [f"func.func private @tally_{name}(index)" for name in ("read", "written")]
+    return "\n".join(lines)
+
+
+_serial = itertools.count()
+
+
+def _call(memory: str, kind: str, name: str, scalar: bool) -> list[str]:
+    """Lines that multiply the extents of a memref, known or not, and hand them to ``name``."""
+    n = next(_serial)
+    parts = re.match(r"memref<((?:[0-9?]+x)*)(\w+)", kind)
+    assert parts is not None, kind
+    extents = [] if scalar else parts[1].split("x")[:-1]
+    lines = [f"%tally{n} = arith.constant {_WIDTHS[parts[2]]} : index"]
+    total = f"%tally{n}"
+    for axis, extent in enumerate(extents):
+        one, product = f"%tally{n}_{axis}", f"%tally{n}_{axis}p"
+        if extent == "?":
+            lines.append(f"{one}a = arith.constant {axis} : index")
+            lines.append(f"{one} = memref.dim {memory}, {one}a : {kind}")
+        else:
+            lines.append(f"{one} = arith.constant {extent} : index")
+        lines.append(f"{product} = arith.muli {total}, {one} : index")
+        total = product
+    return [*lines, f"func.call @{name}({total}) : (index) -> ()"]
+
+
+def build(compiled: Any, tools: Path) -> ctypes.CDLL:
+    """The linalg form as a library of this machine: the kernel and the tally."""
     folder = Path(tempfile.mkdtemp(prefix="ascend-x86-"))
     text = re.sub(r', (mix_mode|parallel_mode) = "[a-z_]*"', "", compiled.asm["ttadapter"])
-    (folder / "k.mlir").write_text(text)
-    (folder / "copy.c").write_text(MEMREF_COPY)
+    (folder / "k.mlir").write_text(with_tally(text))
+    (folder / "support.c").write_text(SUPPORT)
     steps = (
         (tools / "bishengir-opt", "k.mlir", *PASSES, "-o", "lowered.mlir"),
         (LLVM / "mlir-translate", "--mlir-to-llvmir", "lowered.mlir", "-o", "k.ll"),
         (LLVM / "llc", "-O2", "-relocation-model=pic", "-filetype=obj", "k.ll", "-o", "k.o"),
-        ("gcc", "-O2", "-fPIC", "-shared", "-o", "k.so", "k.o", "copy.c", "-lm"),
+        ("gcc", "-O2", "-fPIC", "-shared", "-o", "k.so", "k.o", "support.c", "-lm"),
     )
     for step in steps:
         done = subprocess.run(list(map(str, step)), cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, f"{step[0]}: {done.stderr[-1500:]}"
-    return getattr(ctypes.CDLL(str(folder / "k.so")), name)
+    library = ctypes.CDLL(str(folder / "k.so"))
+    shutil.rmtree(folder)
+    return library
 
 
-def execute(function: Any, grid: tuple[int, int, int], values: Any) -> None:
-    """Call the function once a program; tensors by their storage, numbers as int32."""
+def execute(library: Any, kernel: Any, grid: tuple[int, int, int], values: Any) -> tuple[int, int]:
+    """Call the function once a program; the bytes that were read and written.
+
+    Tensors go in by their storage. What a launch folds into the code, integers of 1, is left out.
+    """
     import torch
 
     def memref(pointer: int, elements: int) -> list[Any]:
@@ -176,12 +221,18 @@ def execute(function: Any, grid: tuple[int, int, int], values: Any) -> None:
         return [*ends, ctypes.c_int64(0), ctypes.c_int64(elements), ctypes.c_int64(1)]
 
     arguments = memref(0, 0) + memref(0, 0)  # the lock and the workspace of the real launcher
-    for value in values:
+    for parameter, value in zip(kernel.params, values, strict=False):
         if isinstance(value, torch.Tensor):
             room = value.untyped_storage().nbytes() // value.element_size()
             arguments += memref(value.data_ptr(), room - value.storage_offset())
-        else:
+        elif isinstance(value, float):
+            arguments.append(ctypes.c_float(value))
+        elif value != 1 or parameter.do_not_specialize:
             arguments.append(ctypes.c_int32(value))
+    function = getattr(library, kernel.fn.__name__)
     function.restype = None
+    tally = (ctypes.c_int64 * 2).in_dll(library, "tally")
+    tally[:] = (0, 0)
     for z, y, x in itertools.product(*(range(extent) for extent in reversed(grid))):
         function(*arguments, *(ctypes.c_int32(n) for n in (*grid, x, y, z)))
+    return tally[0], tally[1]

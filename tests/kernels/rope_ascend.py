@@ -1,9 +1,12 @@
 """Compile every case for Ascend, execute a spread on x86; run by test_rope_ascend.py.
 
-    python tests/kernels/rope_ascend.py compile    # a row for each case: launches, bytes, buffer
-    python tests/kernels/rope_ascend.py execute    # "" or what was wrong, for each case
+    python tests/kernels/rope_ascend.py compile    # a row for each case: tiles, buffer, bound
+    python tests/kernels/rope_ascend.py count      # the same for bytes through global memory
+    python tests/kernels/rope_ascend.py execute    # "" or what was wrong, for each of a spread
 
-Prints JSON. The interpreter is one with triton-ascend: see ascend_offline.py.
+An argument after that is part of the name of the cases to take. Prints JSON. The interpreter is one
+with triton-ascend: see ascend_offline.py. Results are kept on disk (ascend_store.py), by the
+sources that they come from.
 """
 
 from __future__ import annotations
@@ -12,125 +15,130 @@ import json
 import sys
 import traceback
 from collections.abc import Iterator
-from dataclasses import replace
+from pathlib import Path
 
 import ascend_offline
-import rope_oracle as oracle
+import ascend_store
 import torch
+from ascend_calls import Call, Entry, every_case
 
-from ascend_patch.kernels.rope import cases, reference, tiles, triton_call
-
-
-def every_case() -> dict[str, cases.RopeCase]:
-    groups = (cases.correctness_cases, cases.mrope_cases, cases.large_cases, cases.serving_cases)
-    return {str(case): case for group in groups for case in group() if case.cache_dtype}
-
-
-def prepare(case: cases.RopeCase, call: tuple, in_place: bool) -> tuple:
-    """(plan, values, constants) as the launcher makes them on an NPU."""
-    _, query, key, _ = call
-    out = query.new_empty(query.shape), None if key is None else key.new_empty(key.shape)
-    out = (query, key) if in_place else out
-    heads = case.query_heads, case.key_heads or 0
-    plan = tiles.ascend_tiles(
-        *heads, case.head_size, case.rotary_dim, query.element_size(), case.is_neox_style
-    )
-    assert plan is not None
-    whole = (*out, *call, *case.options.values())
-    return plan, *triton_call.arguments(case.tokens, plan, *whole), out
+# Vector cores of an Ascend910B3: so many programs run, each over every n-th token.
+CORES = 40
+HERE = Path(__file__).resolve().parent
+SOURCES = [*HERE.glob("*.py"), *(HERE.parents[1] / "kernels").rglob("*.py")]
 
 
-def row(case: cases.RopeCase, in_place: bool) -> dict[str, object]:
-    """Compile, and count: bytes through global memory by what the program loads and stores."""
-    from ascend_patch.kernels.rope.triton_kernel import rotary_kernel
+def fingerprint(call: Call) -> str:
+    """Of all that the compiler is given, but for the processor, and of the compiler."""
+    kinds = []
+    for value in call.values:
+        if isinstance(value, torch.Tensor):
+            kinds.append((value.dtype, value.data_ptr() % 16 == 0))
+        elif isinstance(value, int):
+            kinds.append((value == 1, value % 16 == 0))
+        else:
+            kinds.append(type(value))
+    tool = (HERE / "ascend_offline.py").read_text()
+    of_kernel = (call.kernel.cache_key, sorted(call.constants.items()))
+    return ascend_store.digest(*of_kernel, kinds, tool, ascend_offline.versions())
 
-    small = replace(case, tokens=min(case.tokens, 2), max_position=2)
-    call = cases.make_inputs(small, 0)
-    plan, values, constants, _ = prepare(small, call, in_place)
-    compiled = ascend_offline.compile_kernel(rotary_kernel, values, constants)
-    itemsize = call[1].element_size()
-    heads = case.query_heads + (case.key_heads or 0)
-    width = case.rotary_dim if in_place else case.head_size
-    rows = 3 if constants["MROPE"] else 1
-    angles = case.rotary_dim * call[3].element_size()
-    position = call[0].element_size()
-    least = 2 * heads * width * itemsize + angles + rows * position
-    moved = least + (rows - 1) * angles
+
+def compiled_row(entry: Entry) -> dict[str, object]:
+    call = entry.make(1, 0)
+    key = ascend_store.digest("compile", fingerprint(call), ascend_offline.ARCHITECTURE)
+
+    def make() -> int:
+        compiled = ascend_offline.compile_kernel(call.kernel, call.values, call.constants)
+        return ascend_offline.unified_buffer(compiled)
+
+    used = ascend_store.remember(key, make)
+    tile = f"{call.plan.query_tile}/{call.plan.key_tile}"
+    return {"buffer": used, "bound": call.bound, "tiles": tile}
+
+
+def counted_row(entry: Entry, tools: Path) -> dict[str, object]:
+    """Bytes of all tokens, from the lowered kernel run over a few of them and over twice that."""
+    few, more = entry.make(1, 0), entry.make(2, 0)
+    if few.tokens == more.tokens:
+        more = entry.make(2 * few.tokens, 0)
+
+    def make() -> list[tuple[int, int]]:
+        compiled = ascend_offline.compile_kernel(more.kernel, more.values, more.constants)
+        library = ascend_offline.build(compiled, tools)
+        runs = ((call.kernel, (1, 1, 1), call.values) for call in (few, more))
+        return [ascend_offline.execute(library, *run) for run in runs]
+
+    key = ascend_store.digest("count", fingerprint(more), few.tokens, more.tokens)
+    first, second = ascend_store.remember(key, make)
+    programs, parts, _ = entry.make(entry.tokens, 0).grid(CORES) if entry.tokens else (0, 0, 0)
+    moved = []
+    for at_few, at_more in zip(first, second, strict=True):
+        each, odd = divmod(at_more - at_few, more.tokens - few.tokens)
+        assert not odd, "the bytes do not grow with the tokens"
+        # What a program reads but once, whatever the tokens.
+        moved.append(each * entry.tokens + (at_few - each * few.tokens) * programs)
     return {
-        "launches": min(case.tokens, 1),
-        "bytes_moved": case.tokens * moved,
-        "bytes_least": case.tokens * least,
-        "buffer": ascend_offline.unified_buffer(compiled),
-        "bound": tiles.unified_buffer_bytes(
-            plan,
-            case.head_size - case.rotary_dim,
-            itemsize,
-            case.is_neox_style,
-            bool(constants["COPY_REST"]),
-        ),
-        "tiles": f"{plan.query_tile}/{plan.key_tile}",
+        "launches": min(entry.tokens, 1),
+        "programs": programs * parts,
+        "read": moved[0],
+        "written": moved[1],
+        "least": entry.make(entry.tokens, 0).least,
     }
 
 
-def compile_all() -> Iterator[tuple[str, object]]:
+def rows(mode: str, part: str, tools: Path) -> Iterator[tuple[str, object]]:
     known: dict[object, dict[str, object]] = {}
-    for name, case in every_case().items():
-        for in_place in (False, True):
-            # Tokens and how positions are drawn are no part of what is compiled.
-            key = replace(case, tokens=2, positions="sorted", max_position=2, name=""), in_place
-            if key not in known:
-                known[key] = row(replace(case, tokens=1), in_place)
-            one = dict(known[key])
-            for field in ("launches", "bytes_moved", "bytes_least"):
-                count = case.tokens if field != "launches" else min(case.tokens, 1)
-                one[field] = int(str(one[field])) * count
-            yield f"{name}{'-in-place' if in_place else ''}", one
+    for entry in every_case():
+        if part not in entry.title:
+            continue
+        if mode == "count":
+            yield entry.title, counted_row(entry, tools)
+            continue
+        if entry.key not in known:
+            known[entry.key] = compiled_row(entry)
+        yield entry.title, known[entry.key]
 
 
-def spread() -> list[cases.RopeCase]:
-    """Each style, dtype and head size of the grid at least once, and MRoPE's sections."""
-    chosen = cases.correctness_cases()[::5] + cases.mrope_cases()[::3]
-    return [replace(case, tokens=min(case.tokens, 7)) for case in chosen if case.tokens]
+def spread() -> Iterator[Entry]:
+    """Of each operator every n-th case, so that styles, dtypes, sizes and sections are met."""
+    steps = {"rotary_embedding": 6, "rotary_embedding_": 11}
+    steps |= {"split_qkv_rmsnorm_rope": 3, "apply_rotary": 3}
+    met = dict.fromkeys(steps, 0)
+    for entry in every_case():
+        if entry.tokens:
+            met[entry.operator] += 1
+            if met[entry.operator] % steps[entry.operator] == 1:
+                yield entry
 
 
-def run(case: cases.RopeCase, in_place: bool, tools) -> None:
-    from ascend_patch.kernels.rope.triton_kernel import rotary_kernel
-
-    call = positions, query, key, cache = cases.make_inputs(case, 3)
-    before = query.clone(), None if key is None else key.clone()
-    plan, values, constants, out = prepare(case, call, in_place)
-    if not in_place:
-        for x in filter(lambda x: x is not None, out):
-            x.fill_(float("nan"))
-    compiled = ascend_offline.compile_kernel(rotary_kernel, values, constants)
-    function = ascend_offline.build(compiled, "rotary_kernel", tools)
-    heads = constants["QUERY_HEADS"], constants["KEY_HEADS"]
-    grid = tiles.grid(plan, case.tokens, *heads, 3)
-    ascend_offline.execute(function, (*grid, 1), values)
-    phase = oracle.phases(positions, cache, case.mrope_section, case.mrope_interleaved)
-    for got, x in zip(out, before, strict=True):
-        if x is not None:
-            oracle.assert_close(got, oracle.rotate(x, phase, case.head_size, case.is_neox_style))
-    want = before[0].new_empty(query.shape), None if key is None else key.new_empty(key.shape)
-    reference.rotary_embedding_into(*want, positions, *before, cache, *case.options.values())
-    for got, x in zip(out, want, strict=True):
-        if x is not None:
-            rest = slice(case.rotary_dim, None)
-            split = (case.tokens, -1, case.head_size)
-            same = got.reshape(split)[..., rest], x.reshape(split)[..., rest]
-            assert torch.equal(*same), "elements past rotary_dim changed"
+def execute(entry: Entry, tools: Path) -> str:
+    """Run the lowered kernel as three programs, and have the oracle judge; what it says."""
+    call = entry.make(min(entry.tokens, 7), 3)
+    compiled = ascend_offline.compile_kernel(call.kernel, call.values, call.constants)
+    library = ascend_offline.build(compiled, tools)
+    ascend_offline.execute(library, call.kernel, call.grid(3), call.values)
+    call.judge()
+    return ""
 
 
-def execute_spread(tools) -> Iterator[tuple[str, object]]:
-    for n, case in enumerate(spread()):
+def execute_spread(part: str, tools: Path) -> Iterator[tuple[str, object]]:
+    sources = ascend_store.digest_of_files(SOURCES)
+    for entry in spread():
+        if part not in entry.title:
+            continue
+        key = ascend_store.digest("execute", sources, ascend_offline.versions(), entry.title)
         try:
-            run(case, n % 3 == 2, tools)
-            yield str(case), ""
+            found = ascend_store.remember(key, lambda e=entry: execute(e, tools))
         except Exception:
-            yield str(case), traceback.format_exc(limit=-2)[-1500:]
+            found = traceback.format_exc(limit=-2)[-1500:]
+        yield entry.title, found
+
+
+def main(mode: str, part: str = "") -> None:
+    tools = ascend_offline.activate()
+    found = execute_spread(part, tools) if mode == "execute" else rows(mode, part, tools)
+    print(json.dumps({"versions": ascend_offline.versions(), "rows": dict(found)}))
 
 
 if __name__ == "__main__":
-    folder = ascend_offline.activate()
-    results = compile_all() if sys.argv[1] == "compile" else execute_spread(folder)
-    print(json.dumps(dict(results)))
+    main(*sys.argv[1:])
