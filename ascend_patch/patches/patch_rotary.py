@@ -18,9 +18,14 @@ PATCH = Patch(
     bands=_rotary_vllm.BANDS + _rotary_ascend.BANDS,
     watch={"vllm": _watch.ROTARY, "vllm_ascend": _watch_ascend.ROTARY},
     untouched=(
-        "MRotaryEmbedding, DeepseekScalingRotaryEmbedding and Llama4VisionRotaryEmbedding: they "
-        "derive from RotaryEmbeddingBase and keep their own arithmetic",
-        "RotaryEmbedding.forward_cuda and forward_hip: vLLM's own kernels are right there",
+        "vllm, classes with arithmetic of their own: Deepseek, Llama 4 vision, dual chunk, Phi-3 "
+        "LongRoPE, Fourier, XDRope, Ernie 4.5 VL, Bailing; some of them rotate through "
+        "ApplyRotaryEmb, which is changed",
+        "vllm, forward_cuda, forward_hip and forward_xpu: vLLM's compiled kernels stay, but for "
+        "MRotaryEmbedding with GPT-J pairs up to 0.26, which its kernel does not know",
+        "vllm, vision towers on CUDA, those that ask for float32, and all of 0.11: they are right",
+        "vllm, Qwen3 and Qwen3-MoE: norm and rotation stay two steps on a CPU, on ROCm, with dual "
+        "chunk attention, other rotary classes or norms, and under VLLM_BATCH_INVARIANT",
         "vllm_ascend, rotary_dim a power of two, or no Triton: the release's kernel is right there",
         "vllm_ascend, MLA and SFA (DeepSeek, GLM-5, Kimi), MiniMax, 310P: they rotate elsewhere",
     ),
