@@ -44,6 +44,12 @@ def install(
     _run(command, cache)
 
 
+def install_folder(folder: Path, requirement: str, cache: Path, *, python: Path) -> None:
+    """Install one package, without what it depends on, into a folder for PYTHONPATH."""
+    command = [_uv(cache), "pip", "install", "--quiet", "--no-deps", "--compile-bytecode"]
+    _run([*command, "--python", str(python), "--target", str(folder), requirement], cache)
+
+
 def install_checkout(venv: Path, checkout: Path, cache: Path, *, build_python: Path) -> None:
     """Install the checkout as pip would, built from a copy so that nothing is written into it."""
     with tempfile.TemporaryDirectory() as folder:

@@ -44,17 +44,24 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def variables(env: _env.Environment) -> dict[str, str]:
-    """Return the environment of the checks: ours, without what would change their outcome."""
+def variables(env: _env.Environment, newest: _env.Environment | None) -> dict[str, str]:
+    """Return the environment of the checks: ours, without what would change their outcome.
+
+    Args:
+        env: What checks and most servers run in.
+        newest: What servers of the newest release run in.
+    """
     found = {
         name: value
         for name, value in os.environ.items()
         if name not in NOT_INHERITED and not name.startswith("ASCEND_PATCHES")
     }
     found["PATH"] = f"{env.plain.parent}:{found.get('PATH', os.defpath)}"
-    found["ASCEND_PATCH_E2E_PYTHON"] = str(env.python)
-    found["ASCEND_PATCH_E2E_PLAIN_PYTHON"] = str(env.plain)
-    found["ASCEND_PATCH_E2E_PRELOAD"] = env.preload
+    for name, one in (("ASCEND_PATCH_E2E", env), ("ASCEND_PATCH_E2E_NEWEST", newest)):
+        if one is not None:
+            found[f"{name}_PYTHON"] = str(one.python)
+            found[f"{name}_PLAIN_PYTHON"] = str(one.plain)
+            found[f"{name}_PRELOAD"] = one.preload
     found["ASCEND_PATCH_E2E_INDUCTOR"] = str(_env.cache_root() / "inductor")
     return found
 
@@ -82,15 +89,33 @@ def pytest_command(python: Path, args: argparse.Namespace) -> list[str]:
     if not args.all:
         command += ["-m", "not slow"]
     # pytest runs what it is given: paths of the user's instead of all, never both.
-    named = [word for word in args.pytest if not word.startswith("-")]
-    if not any((_env.CHECKOUT / word.partition("::")[0]).exists() for word in named):
+    if not named_paths(args.pytest):
         command += folders
     return [*command, *args.pytest]
 
 
+def named_paths(arguments: list[str]) -> list[Path]:
+    """Return the files and folders that pytest is given."""
+    words = [word.partition("::")[0] for word in arguments if not word.startswith("-")]
+    return [path for word in words if (path := _env.CHECKOUT / word).exists()]
+
+
+def newest_environment(args: argparse.Namespace) -> _env.Environment | None:
+    """Return where servers of the newest release run; None where no test wants one."""
+    e2e = _env.CHECKOUT / E2E
+    paths = named_paths(args.pytest)
+    if paths and not any(e2e in (path, *path.parents) or path in e2e.parents for path in paths):
+        return None
+    needed = _env.RELEASES[_env.NEWEST]
+    if sys.version_info < needed:
+        say(f"no tests with vLLM {_env.NEWEST}: it needs Python {'.'.join(map(str, needed))}")
+        return None
+    return _env.prepare(device="cpu", release=_env.NEWEST, tests=True)
+
+
 def run(args: argparse.Namespace) -> int:
     env = _env.prepare(device="cpu", tests=True)
-    python, clean = env.plain, variables(env)
+    python, clean = env.plain, variables(env, newest_environment(args))
     if not args.no_checks:
         module = [str(python), "-m"]
         check("ruff check", [*module, "ruff", "check", "."], clean)

@@ -9,9 +9,11 @@ of each prompt is compared, whatever the greedy choice.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from _server import Server
+from _tiny_model import WORDS
 
 STEPS = 16
 TOP = 20  # vLLM's own limit
@@ -31,16 +33,30 @@ PROMPTS = (
     "Which way would you go, if you could go back and look at it once more? " * 4,
 )
 
+# More tokens than the window that YaRN stretches; words in an order that does not repeat soon.
+LONG_PROMPTS = tuple(
+    " ".join(WORDS[(i * i + step * i) % len(WORDS)] for i in range(count))
+    for step, count in ((3, 1300), (7, 1100))
+)
+
 Step = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One prompt's tokens and, for each step, token -> value of the most likely ones."""
+    """One prompt's tokens and, for each step, token -> value of the most likely ones.
 
-    prompt: tuple[int, ...]
+    Attributes:
+        prompt: Its tokens, or the name of a question about an image.
+    """
+
+    prompt: tuple[int, ...] | str
     tokens: tuple[int, ...]
     steps: tuple[Step, ...]
+
+    def first(self) -> Answer:
+        """Return the first step alone: behind it, two models talk about different texts."""
+        return Answer(self.prompt, self.tokens[:1], self.steps[:1])
 
 
 @dataclass(frozen=True)
@@ -60,11 +76,17 @@ class Difference:
     unlike: int
 
 
-def ask(server: Server, follow: tuple[Answer, ...] | None = None) -> tuple[Answer, ...]:
-    """Return an answer to each of `PROMPTS`, following another server's tokens if there are any."""
-    if follow is None:
-        return tuple(_generate(server, _tokenize(server, text), STEPS) for text in PROMPTS)
-    return tuple(_follow(server, answer) for answer in follow)
+def ask(
+    server: Server, lead: tuple[Answer, ...] | None = None, prompts: tuple[str, ...] = PROMPTS
+) -> tuple[Answer, ...]:
+    """Return an answer to each prompt, following another server's tokens if there are any."""
+    if lead is None:
+        return tuple(_generate(server, _tokenize(server, text), STEPS) for text in prompts)
+
+    def go_on(answer: Answer, said: tuple[int, ...], count: int) -> Answer:
+        return _generate(server, (*answer.prompt, *said), count)
+
+    return tuple(follow(answer, go_on) for answer in lead)
 
 
 def ask_together(server: Server, prompts: tuple[Answer, ...]) -> tuple[Answer, ...]:
@@ -73,6 +95,26 @@ def ask_together(server: Server, prompts: tuple[Answer, ...]) -> tuple[Answer, .
     choices = _complete(server, inputs, STEPS)["choices"]
     choices.sort(key=lambda choice: choice["index"])
     return tuple(_answer(p.prompt, c) for p, c in zip(prompts, choices, strict=True))
+
+
+def follow(lead: Answer, go_on: Callable[[Answer, tuple[int, ...], int], Answer]) -> Answer:
+    """Return what another server says at each step of `lead`.
+
+    Args:
+        go_on: Asks for so many tokens behind the prompt of an answer and tokens already said.
+    """
+    steps: list[Step] = []
+    tokens: list[int] = []
+    while len(steps) < len(lead.tokens):
+        done = len(steps)
+        found = go_on(lead, lead.tokens[:done], len(lead.tokens) - done)
+        for token, step in zip(found.tokens, found.steps, strict=True):
+            steps.append(step)
+            tokens.append(token)
+            # What it said at this step counts; what it goes on to say is about another text.
+            if token != lead.tokens[len(steps) - 1]:
+                break
+    return Answer(lead.prompt, tuple(tokens), tuple(steps))
 
 
 def compare(first: tuple[Answer, ...], second: tuple[Answer, ...]) -> Difference:
@@ -106,22 +148,6 @@ def fewest_distinct(answers: tuple[Answer, ...]) -> int:
     return min(len(set(answer.tokens)) for answer in answers)
 
 
-def _follow(server: Server, lead: Answer) -> Answer:
-    steps: list[Step] = []
-    tokens: list[int] = []
-    while len(steps) < len(lead.tokens):
-        done = len(steps)
-        prompt = (*lead.prompt, *lead.tokens[:done])
-        found = _generate(server, prompt, len(lead.tokens) - done)
-        for token, step in zip(found.tokens, found.steps, strict=True):
-            steps.append(step)
-            tokens.append(token)
-            # What it said at this step counts; what it goes on to say is about another text.
-            if token != lead.tokens[len(steps) - 1]:
-                break
-    return Answer(lead.prompt, tuple(tokens), tuple(steps))
-
-
 def _generate(server: Server, prompt: tuple[int, ...], count: int) -> Answer:
     return _answer(prompt, _complete(server, list(prompt), count)["choices"][0])
 
@@ -136,10 +162,15 @@ def _complete(server: Server, prompt: list[int] | list[list[int]], count: int) -
     )
 
 
-def _answer(prompt: tuple[int, ...], choice: dict) -> Answer:
+def _answer(prompt: tuple[int, ...] | str, choice: dict) -> Answer:
     said = choice["logprobs"]
-    tokens = tuple(int(token.removeprefix("token_id:")) for token in said["tokens"])
+    tokens = tuple(token_id(token) for token in said["tokens"])
     return Answer(prompt, tokens, tuple(said["top_logprobs"]))
+
+
+def token_id(said: str) -> int:
+    """Return the token that vLLM names when it is asked for ids in place of text."""
+    return int(said.removeprefix("token_id:"))
 
 
 def _tokenize(server: Server, text: str) -> tuple[int, ...]:

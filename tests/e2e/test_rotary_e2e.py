@@ -7,9 +7,13 @@ model runs, in compiled graphs too.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import images
 import logprobs
 import pytest
-from _tiny_model import LAYERS
+from _env import NEWEST
+from _tiny_weights import LAYERS, ORIGINAL_POSITIONS, VISION_DEPTH
 from server import Lab, Observed, Setup
 
 FLOAT32_TOLERANCE = 1e-4
@@ -17,24 +21,57 @@ BFLOAT16_ULPS = 2
 # How much more than the tolerance a wrong RoPE must show, for the comparison to mean anything.
 POWER = 10
 
-EAGER = Setup()
-BFLOAT16 = Setup(dtype="bfloat16", raw_logits=True)
-COMPILED = Setup(compiled=True)
-PARALLEL = Setup(tensor_parallel=2)
-BFLOAT16_COMPILED = Setup(dtype="bfloat16", raw_logits=True, compiled=True)
-BFLOAT16_PARALLEL = Setup(dtype="bfloat16", raw_logits=True, tensor_parallel=2)
+# Either of them turns queries and keys, once in each layer of a text model.
+TEXT_KERNELS = ("ascend_patch::rotary_embedding", "ascend_patch::split_qkv_rmsnorm_rope")
+VISION_KERNEL = "ascend_patch::apply_rotary"
 
-SETUPS = pytest.mark.parametrize(
-    "setup",
-    [
-        pytest.param(EAGER, id="float32"),
-        pytest.param(BFLOAT16, id="bfloat16"),
-        pytest.param(COMPILED, id="float32-compiled"),
-        pytest.param(PARALLEL, id="float32-tp2"),
-        pytest.param(BFLOAT16_COMPILED, id="bfloat16-compiled", marks=pytest.mark.slow),
-        pytest.param(BFLOAT16_PARALLEL, id="bfloat16-tp2", marks=pytest.mark.slow),
-    ],
-)
+MODES = {
+    "float32": Setup(),
+    "bfloat16": Setup(dtype="bfloat16", raw_logits=True),
+    "float32-compiled": Setup(compiled=True),
+    "bfloat16-compiled": Setup(dtype="bfloat16", raw_logits=True, compiled=True),
+    "float32-tp2": Setup(tensor_parallel=2),
+    "bfloat16-tp2": Setup(dtype="bfloat16", raw_logits=True, tensor_parallel=2),
+}
+EAGER = MODES["float32"]
+YARN = replace(EAGER, model="qwen3-yarn")
+VISION = replace(EAGER, model="qwen2.5-vl")
+
+
+def setups(modes: str, *, slow: bool = False, **options: str) -> list:
+    """Return parameters: a set-up for each of the modes, with a model or a release."""
+    marks = [pytest.mark.slow] if slow else []
+    return [
+        pytest.param(
+            replace(MODES[mode], **options), id="-".join([*options.values(), mode]), marks=marks
+        )
+        for mode in modes.split()
+    ]
+
+
+MODELS = [
+    *setups("float32 bfloat16 float32-compiled float32-tp2"),
+    *setups("bfloat16-compiled bfloat16-tp2", slow=True),
+    *setups("float32", release=NEWEST),
+    *setups("bfloat16 float32-compiled bfloat16-compiled float32-tp2", slow=True, release=NEWEST),
+    *(
+        setup
+        for model in ("qwen3-yarn", "glm4", "qwen2.5-vl")
+        for setup in (
+            *setups("float32", model=model),
+            *setups("bfloat16 float32-compiled bfloat16-compiled", slow=True, model=model),
+        )
+    ),
+    # Qwen2.5-VL is missing here: no torchvision of PyPI imports beside torch's CPU wheel.
+    *(
+        setup
+        for model in ("qwen3-yarn", "glm4")
+        for setup in setups(
+            "float32 bfloat16 float32-compiled", slow=True, model=model, release=NEWEST
+        )
+    ),
+]
+SETUPS = pytest.mark.parametrize("setup", MODELS)
 
 
 def tolerance(setup: Setup, unpatched: Observed) -> float:
@@ -90,28 +127,30 @@ def test_the_status_tells_which_process_ran_the_kernel(lab: Lab, setup: Setup) -
     processes = run["processes"]
     assert run["alive"]
     assert {p["host"] for p in processes} == {"vllm"}
-    assert {p["versions"]["vllm"] for p in processes} == {"0.18.0"}
+    assert {p["versions"]["vllm"] for p in processes} == {setup.release}
     states = {p["pid"]: {q["id"]: q["state"] for q in p["patches"]} for p in processes}
     assert not [s for s in states.values() if "failed" in s.values()], states
     assert not [p["problems"] for p in processes if p["problems"]]
 
-    kernels = {p["pid"]: p["kernels"].get("ascend_patch::rotary_embedding", 0) for p in processes}
-    served = {pid: calls for pid, calls in kernels.items() if calls}
-    # Only the processes that run the model, one for each rank, and each of them the same calls:
-    # every forward pass rotates once in each layer.
-    assert len(served) == setup.tensor_parallel, kernels
-    assert len(set(served.values())) == 1, kernels
-    assert all(states[pid]["rotary"] == "applied" for pid in served), states
-    assert all(calls % LAYERS == 0 for calls in served.values()), kernels
-    steps = len(logprobs.PROMPTS) * logprobs.STEPS
-    assert min(served.values()) >= LAYERS * steps, kernels
+    # Only the processes that run the model, one for each rank, and each of them the same calls.
+    kernels = {p["pid"]: p["kernels"] for p in processes if p["kernels"]}
+    assert len(kernels) == setup.tensor_parallel, kernels
+    assert all(calls == next(iter(kernels.values())) for calls in kernels.values()), kernels
+    assert all(states[pid]["rotary"] == "applied" for pid in kernels), states
+    for calls in kernels.values():
+        # Every forward pass rotates once in each layer.
+        turned = sum(calls.get(name, 0) for name in TEXT_KERNELS)
+        assert turned % LAYERS == 0, calls
+        assert turned >= LAYERS * len(setup.prompts) * logprobs.STEPS, calls
+        seen = calls.get(VISION_KERNEL, 0)
+        assert seen % VISION_DEPTH == 0, calls
+        assert seen >= VISION_DEPTH * len(images.QUESTIONS) * setup.images, calls
 
     # Eager servers count at the target too; a compiled graph has the target's body inside it.
     if not setup.compiled:
-        targets = {
-            p["pid"]: sum(t["calls"] for q in p["patches"] for t in q["targets"]) for p in processes
-        }
-        assert {pid: calls for pid, calls in targets.items() if calls} == served
+        for process in processes:
+            targets = sum(t["calls"] for q in process["patches"] for t in q["targets"])
+            assert targets == sum(process["kernels"].values()), process
 
 
 def test_an_unpatched_server_agrees_with_itself(lab: Lab, measured: list[str]) -> None:
@@ -120,3 +159,39 @@ def test_an_unpatched_server_agrees_with_itself(lab: Lab, measured: list[str]) -
     found = logprobs.compare(unpatched.answers, unpatched.together)
     measured.append(f"{EAGER.name()}, unpatched, in one batch: {found.worst:.2e} apart")
     assert found.worst <= FLOAT32_TOLERANCE, found
+
+
+def test_yarn_differs_from_plain_rope(lab: Lab, measured: list[str]) -> None:
+    """The same weights without scaling say something else, within the window and past it."""
+    plain, scaled = lab.unpatched(EAGER).answers, lab.unpatched(YARN).answers
+    assert all(len(answer.prompt) > ORIGINAL_POSITIONS for answer in scaled[len(plain) :])
+    assert len(scaled) > len(plain)
+    found = [
+        logprobs.compare((a.first(),), (b.first(),)).worst
+        for a, b in zip(plain, scaled, strict=False)
+    ]
+    measured.append(f"{YARN.name()}, without scaling: {min(found):.2f}..{max(found):.2f} apart")
+    assert min(found) > POWER * FLOAT32_TOLERANCE, found
+
+
+@pytest.mark.parametrize(
+    ("fault", "texts_too"),
+    [("mrope-sine", True), ("mrope-axes", False), ("vision-sine", False)],
+)
+def test_one_wrong_rotation_of_a_vision_model_is_noticed(
+    lab: Lab, fault: str, texts_too: bool, measured: list[str]
+) -> None:
+    """Text and image rotate by different kernels: a fault of one shows where it is used."""
+    unpatched, patched = lab.unpatched(VISION), lab.patched(VISION)
+    found = logprobs.compare(unpatched.answers, patched.faulty[fault]).prompts
+    count = len(VISION.prompts)
+    texts, seen = found[:count], found[count:]
+    measured.append(
+        f"{VISION.name()}, {fault}: texts {min(texts):.1e}..{max(texts):.1e} apart, "
+        f"images {min(seen):.2f}..{max(seen):.2f}"
+    )
+    assert min(seen) > POWER * FLOAT32_TOLERANCE, found
+    if texts_too:
+        assert min(texts) > POWER * FLOAT32_TOLERANCE, found
+    else:
+        assert max(texts) <= FLOAT32_TOLERANCE, found
