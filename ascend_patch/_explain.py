@@ -30,7 +30,7 @@ def explain_text(patch_id: str) -> str:
     ]
     for band in found["bands"]:
         lines.append(f"  {band['name']}: {band['state']}: {band['reason']}")
-        for target in band["targets"]:
+        for target in band["targets"] if band["in_question"] else ():
             lines.append(f"    {target['state']:<11} {target['id']} ({target['seam']} seam)")
             lines.extend(f"                {sentence}" for sentence in target["reasons"])
     if found["untouched"]:
@@ -74,7 +74,8 @@ def catalogue() -> list[dict[str, Any]]:
 
 def applies_to(patch: Patch) -> str:
     """The hosts and releases of a patch, for tables."""
-    found = [f"{b.name}{' (retired)' if b.retired else ''}" for b in patch.bands]
+    # A labelled band is for the releases of an earlier one.
+    found = [f"{b.name}{' (retired)' if b.retired else ''}" for b in patch.bands if not b.label]
     return "; ".join(found) if found else "recorded only"
 
 
@@ -102,6 +103,10 @@ def _band(band: Band, decision: _plan.Decision, installed: Installed) -> dict[st
         "releases": list(band.releases),
         "state": state,
         "reason": reason,
+        # Where it might apply here, but for its source, its targets are worth reading.
+        "in_question": band.host == installed.host
+        and _covers(band, installed)
+        and not _comes_too_late(band, decision),
         "targets": [_target(target, band, state, installed) for target in band.targets],
     }
 
@@ -111,18 +116,31 @@ def _band_state(band: Band, decision: _plan.Decision, installed: Installed) -> t
         return "superseded", f"{installed.host} is the active host: {installed.host_reason}"
     if band == decision.band:
         return decision.state, decision.reason
-    final = installed.final_version()
-    if final is not None and band.versions and not SpecifierSet(band.versions).contains(final):
+    if not _covers(band, installed):
         return "skipped", f"{installed.host_version} is installed"
     if band.retired:
         return "retired", band.retired
+    if _comes_too_late(band, decision) and decision.band is not None:
+        return "skipped", f"{decision.band.name} comes first, and applies"
     return "skipped", "the installed source differs"
+
+
+def _comes_too_late(band: Band, decision: _plan.Decision) -> bool:
+    """Whether an earlier band for the same releases applies, of which this one is a part."""
+    return bool(band.label) and decision.band is not None and band != decision.band
+
+
+def _covers(band: Band, installed: Installed) -> bool:
+    """Whether the version string leaves it open that the band is for this release."""
+    final = installed.final_version()
+    return final is None or not band.versions or SpecifierSet(band.versions).contains(final)
 
 
 def _target(target: Target, band: Band, state: str, installed: Installed) -> dict[str, Any]:
     reasons: list[str] = []
     root = installed.roots.get(band.host)
-    if state == "skipped" and root is not None and band.host == installed.host:
+    in_question = band.host == installed.host and _covers(band, installed)
+    if state == "skipped" and root is not None and in_question:
         found = _records.match(band.host, root, target.symbols, band.releases)
         reasons = list(found.differences) or ["its own source is as recorded"]
     return {"id": target.id, "seam": target.seam, "state": state, "reasons": reasons}

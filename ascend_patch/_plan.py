@@ -81,9 +81,8 @@ def decide(patch: Patch, installed: Installed) -> Decision:
     if final is not None:
         bands = [b for b in bands if not b.versions or SpecifierSet(b.versions).contains(final)]
         if not bands:
-            known = ", ".join(
-                b.versions for b in patch.bands if b.host == installed.host and b.versions
-            )
+            ranges = (b.versions for b in patch.bands if b.host == installed.host and b.versions)
+            known = ", ".join(dict.fromkeys(ranges))
             return Decision(
                 patch, "skipped", f"{host} is outside of the releases it is written for ({known})"
             )

@@ -105,6 +105,7 @@ class Band:
         releases: The recorded releases whose source the targets were written against.
         targets: What is changed; empty where the patch is retired.
         retired: Why these releases need the patch no more.
+        label: What sets it apart from an earlier band of the same releases, which comes first.
     """
 
     host: Host
@@ -112,6 +113,7 @@ class Band:
     releases: tuple[str, ...] = ()
     targets: tuple[Target, ...] = ()
     retired: str = ""
+    label: str = ""
 
     def __post_init__(self) -> None:
         if self.host not in HOSTS:
@@ -126,7 +128,8 @@ class Band:
     @property
     def name(self) -> str:
         """How lists and messages call it."""
-        return f"{self.host} {self.versions or ' / '.join(self.releases)}"
+        name = f"{self.host} {self.versions or ' / '.join(self.releases)}"
+        return f"{name}, {self.label}" if self.label else name
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,27 @@ def test_each_release_says_where_it_comes_from(host: Host, release: str) -> None
 
 
 def test_the_recorded_releases_are_those_of_the_design() -> None:
-    assert _records.releases("vllm") == ("0.11.0", "0.13.0", "0.17.0", "0.18.0", "0.23.0", "0.32.0")
+    # One of each kind of source that the releases 0.11.0 to 0.32.0 have, as far as patches see it.
+    assert _records.releases("vllm") == (
+        "0.11.0",
+        "0.11.2",
+        "0.12.0",
+        "0.13.0",
+        "0.15.1",
+        "0.16.0",
+        "0.17.0",
+        "0.18.0",
+        "0.20.2",
+        "0.22.1",
+        "0.23.0",
+        "0.25.1",
+        "0.26.0",
+        "0.27.1",
+        "0.29.0",
+        "0.30.0",
+        "0.31.0",
+        "0.32.0",
+    )
     assert _records.releases("vllm_ascend") == (
         "0.11.0",
         "v0.11.0-dev",
