@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from ascend_patch import _bootstrap
 from ascend_patch._finder import Finder, Watch
@@ -12,6 +14,9 @@ from ascend_patch._plan import Decision
 from ascend_patch._registry import Target
 from ascend_patch._seams import Installation, make
 from ascend_patch._state import PatchState, ProcessState, TargetState
+
+if TYPE_CHECKING:
+    from ascend_patch._verify import Verification
 
 # The states of a patch whose targets are attached as their modules run.
 WANTED = ("armed", "applied")
@@ -23,16 +28,22 @@ class Applier:
     Args:
         state: Where every step is recorded.
         finder: Tells when a module has run.
+        verification: What is compared with the host's own code, if anything is.
     """
 
-    def __init__(self, state: ProcessState, finder: Finder) -> None:
+    def __init__(
+        self, state: ProcessState, finder: Finder, verification: Verification | None = None
+    ) -> None:
         self._state = state
         self._finder = finder
+        self._verification = verification
         self._decisions: Mapping[str, Decision] = {}
         self._installed: dict[str, dict[str, Installation]] = {}
         self._reverted: dict[str, dict[str, Installation]] = {}
         # What was installed in modules that have been reloaded or imported again since.
         self._outgrown: dict[str, list[Installation]] = {}
+        # What was found wrong inside a call of its own, and is taken back after that call.
+        self._condemned: dict[str, dict[str, Installation]] = {}
         # Held while targets change, and never while anything is imported: this code runs under
         # the import locks of the modules that it changes.
         self._lock = threading.RLock()
@@ -73,6 +84,49 @@ class Applier:
                 target.state, target.reason = "reverted", ""
             patch.state, patch.reason = "reverted", "taken back on request"
         self._state.write()
+
+    def condemn(self, name: str, reason: str) -> None:
+        """Ours was found to be wrong: from here on the host's own code runs, and the state says so.
+
+        The targets are switched off at once and given back by `give_back`: an operator's kernel
+        must not be destroyed while it runs.
+
+        Args:
+            reason: The whole sentence.
+        """
+        patch = self._state.patches[name]
+        with self._lock:
+            if patch.state not in WANTED:
+                return
+            installed = self._condemned[name] = self._installed.pop(name, {})
+            for installation in (*installed.values(), *self._outgrown.get(name, ())):
+                installation.switch.on = False
+            for target in patch.targets:
+                target.state, target.reason = "reverted", ""
+            patch.state, patch.reason = "failed", reason
+        self._failed(patch)
+
+    def give_back(self) -> None:
+        """Take back what was condemned."""
+        if not self._condemned:
+            return
+        with self._lock:
+            while self._condemned:
+                name, installed = self._condemned.popitem()
+                self._state.patches[name].reason += self._take_back(name, installed)
+        self._state.write()
+
+    @contextlib.contextmanager
+    def paused(self, name: str) -> Iterator[None]:
+        """The host's own code in a patch's place for a while, in every thread."""
+        switches = [i.switch for i in self._installed.get(name, {}).values() if i.switch.on]
+        for switch in switches:
+            switch.on = False
+        try:
+            yield
+        finally:
+            for switch in switches:
+                switch.on = True
 
     def apply_again(self, name: str, imported: Mapping[str, ModuleType]) -> None:
         """Apply a reverted patch again to the modules that are imported."""
@@ -131,7 +185,8 @@ class Applier:
             if installation is not None and installation.in_place():
                 return installation
         count = self._state.counters.counter(f"{patch.id}/{target.id}")
-        installation = make(target, count)
+        verifier = self._verification.of(patch.id) if self._verification is not None else None
+        installation = make(target, count, verifier)
         installation.prepare()
         return installation
 
@@ -159,6 +214,9 @@ class Applier:
             for target in patch.targets:
                 target.state = "failed" if target.id == target_id else "reverted"
             patch.state, patch.reason = "failed", f"{reason}; rolled back, vLLM runs as it was"
+        self._failed(patch)
+
+    def _failed(self, patch: PatchState) -> None:
         _bootstrap.complain(f"patch {patch.id} failed: {patch.reason}")
         for name, decision in self._decisions.items():
             other = self._state.patches[name]

@@ -35,6 +35,14 @@ def install(finder: Finder, runtime: Runtime) -> None:
     for module in RAY_EXECUTORS:
         finder.watch(module, Watch(after=carry_to_ray))
     finder.watch(DISPATCH, Watch(after=functools.partial(count_kernels, runtime=runtime)))
+    if runtime.verification is not None:
+        from ascend_patch import _steps
+
+        tell = functools.partial(
+            _steps.watch_worker, state=runtime.state, verification=runtime.verification
+        )
+        for module in _steps.WORKER_BASES:
+            finder.watch(module, Watch(after=tell))
 
 
 def key_compile_cache(envs: ModuleType, runtime: Runtime) -> None:
@@ -68,7 +76,7 @@ def tell_when_loaded(module: ModuleType, runtime: Runtime) -> None:
         @functools.wraps(load_model)
         def load_and_tell(*args: Any, **kwargs: Any) -> Any:
             model = load_model(*args, **kwargs)
-            runtime.model_is_loaded()
+            runtime.model_is_loaded(model)
             return model
 
         # A loader whose instances take no attribute is served without the hook.

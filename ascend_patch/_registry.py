@@ -12,6 +12,8 @@ Host = Literal["vllm", "vllm_ascend"]
 Seam = Literal["host", "traced", "operator"]
 HOSTS: tuple[Host, ...] = ("vllm", "vllm_ascend")
 SEAMS: tuple[Seam, ...] = ("host", "traced", "operator")
+# As a target's oracle: the host's own code, on a host seam too.
+ORIGINAL = "original"
 
 
 class RegistryError(ValueError):
@@ -56,6 +58,12 @@ class Target:
         assigned_by: The module that assigns the target last, where that is not its own module.
         operator: `namespace::name`, for an operator seam.
         dispatch_key: The key whose kernel is replaced, for an operator seam.
+        oracle: What ASCEND_PATCHES_VERIFY compares ours with: `module:function` of ours, a factory
+            that takes the original and returns what is right, where the original is wrong. Empty
+            is the original on traced and operator seams, and no comparison on a host seam, which
+            asks for one with `original`. Neither may draw random numbers.
+        limit: The largest error that VERIFY allows, in machine epsilons of the result's dtype at
+            its row's largest element; 0 is the dtype's own (`_compare.LIMITS`).
     """
 
     symbol: str
@@ -65,6 +73,8 @@ class Target:
     assigned_by: str = ""
     operator: str = ""
     dispatch_key: str = "PrivateUse1"
+    oracle: str = ""
+    limit: float = 0.0
 
     def __post_init__(self) -> None:
         if self.seam not in SEAMS:
@@ -75,8 +85,11 @@ class Target:
             )
         if self.operator and not all(self.operator.partition("::")):
             raise RegistryError(f"{self.operator!r} names no operator; write it as namespace::name")
-        for text in (self.symbol, self.replacement, *self.context):
+        named = [self.oracle] if self.oracle not in ("", ORIGINAL) else []
+        for text in (self.symbol, self.replacement, *self.context, *named):
             Symbol.parse(text)
+        if self.limit < 0:
+            raise RegistryError(f"{self.symbol}: limit {self.limit} is negative; no error is")
 
     @property
     def id(self) -> str:
@@ -149,6 +162,7 @@ class Patch:
         requires: Patches that must be applied with it.
         conflicts: Patches that must not be applied with it.
         after: Patches that are applied before it if they are selected.
+        self_test: `module:function` of ours: takes a loaded model, yields what `_selftest` runs.
     """
 
     id: str
@@ -163,6 +177,7 @@ class Patch:
     requires: tuple[str, ...] = ()
     conflicts: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    self_test: str = ""
 
     def __post_init__(self) -> None:
         if not self.id.isidentifier() or self.id.startswith("patch_") or self.id != self.id.lower():

@@ -7,9 +7,12 @@ import importlib
 import inspect
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ascend_patch._registry import Symbol
+from ascend_patch._registry import ORIGINAL, Symbol, Target
+
+if TYPE_CHECKING:
+    from ascend_patch._verifier import PatchVerifier
 
 
 class SeamError(RuntimeError):
@@ -31,6 +34,40 @@ def load_replacement(text: str) -> Any:
     return getattr(importlib.import_module(symbol.module), symbol.qualname)
 
 
+def around(
+    original: Any,
+    target: Target,
+    switch: Switch,
+    count: Callable[[], None],
+    verifier: PatchVerifier | None = None,
+) -> Any:
+    """A host seam: ours as a wrapt wrapper around what is there."""
+    import wrapt
+
+    replacement = load_replacement(target.replacement)
+
+    def wrapper(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        count()
+        return replacement(wrapped, instance, args, kwargs)
+
+    if verifier is None:
+        return wrapt.FunctionWrapper(original, wrapper, enabled=lambda: switch.on)
+    from ascend_patch import _compare
+
+    def compared(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        def ours(*args: Any, **kwargs: Any) -> Any:
+            return wrapper(wrapped, instance, args, kwargs)
+
+        if not (target.oracle and _compare.is_due(verifier, args, kwargs)):
+            return ours(*args, **kwargs)
+        oracle = oracle_of(wrapped, target)
+        return _compare.compare(verifier, target, wrapped, oracle, ours, args, kwargs)
+
+    return wrapt.FunctionWrapper(
+        original, compared, enabled=lambda: switch.on and not verifier.runs_original()
+    )
+
+
 def guarded(
     original: FunctionType,
     factory: Callable[[FunctionType], FunctionType],
@@ -44,10 +81,7 @@ def guarded(
     """
     from torch.compiler import is_compiling
 
-    replacement = factory(original)
-    theirs, ours = (_parameters(function) for function in (original, replacement))
-    if theirs != ours:
-        raise SeamError(f"{original.__qualname__} takes {theirs}, our replacement takes {ours}")
+    replacement = _of_same_parameters(original, factory)
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -60,6 +94,77 @@ def guarded(
 
     assert isinstance(call, FunctionType)
     return call
+
+
+def verified(
+    original: FunctionType,
+    target: Target,
+    switch: Switch,
+    count: Callable[[], None],
+    verifier: PatchVerifier,
+) -> FunctionType:
+    """What `guarded` makes of a target, and the comparison with the original beside it.
+
+    Raises:
+        SeamError: As `guarded` does; also for a target whose oracle takes other parameters.
+    """
+    import torch
+    from torch.compiler import is_compiling
+
+    from ascend_patch import _compare
+
+    replacement = _of_same_parameters(original, load_replacement(target.replacement))
+    oracle = oracle_of(original, target)
+
+    def note_compiled() -> bool:
+        verifier.compiled = True
+        return True
+
+    # Runs while Dynamo traces, and leaves nothing in the graph.
+    traced: Any = torch.compiler.assume_constant_result(note_compiled)
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not switch.on:
+            return original(*args, **kwargs)
+        if is_compiling():
+            traced()
+            return replacement(*args, **kwargs)
+        if verifier.runs_original():
+            return original(*args, **kwargs)
+        count()
+        if not _compare.is_due(verifier, args, kwargs):
+            return replacement(*args, **kwargs)
+        return _compare.compare(verifier, target, original, oracle, replacement, args, kwargs)
+
+    assert isinstance(call, FunctionType)
+    return call
+
+
+def oracle_of(original: Callable[..., Any], target: Target) -> Callable[..., Any]:
+    """What ours is compared with: the original, or what the target names in its place.
+
+    Raises:
+        SeamError: It takes other parameters than the original.
+    """
+    if target.oracle in ("", ORIGINAL):
+        return original
+    factory = load_replacement(target.oracle)
+    if target.seam == "host":
+        found: Callable[..., Any] = factory(original)
+        return found
+    assert isinstance(original, FunctionType)
+    return _of_same_parameters(original, factory)
+
+
+def _of_same_parameters(
+    original: FunctionType, factory: Callable[[FunctionType], FunctionType]
+) -> FunctionType:
+    replacement = factory(original)
+    theirs, ours = (_parameters(function) for function in (original, replacement))
+    if theirs != ours:
+        raise SeamError(f"{original.__qualname__} takes {theirs}, our replacement takes {ours}")
+    return replacement
 
 
 def _parameters(function: FunctionType) -> str:

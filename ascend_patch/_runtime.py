@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ascend_patch._apply import Applier
     from ascend_patch._plan import Decision
     from ascend_patch._registry import Patch
+    from ascend_patch._verify import Verification
 
 STRICT_VARIABLE = "ASCEND_PATCHES_STRICT"
 DEPENDENCIES = ("wrapt", "packaging")
@@ -45,6 +46,8 @@ class Runtime:
         self.state = ProcessState()
         self.decisions: Mapping[str, Decision] = {}
         self.digest = ""
+        self.verification: Verification | None = None
+        self.tests_at_load = False
         self._lock = threading.RLock()
         self._begun = False
         self._refusal: Refusal | None = None
@@ -77,7 +80,7 @@ class Runtime:
                 raise
             finally:
                 self.state.write()
-            self._announce()
+            self.state.announce()
 
     def _decide_or_fail(self, finder: Finder) -> None:
         try:
@@ -100,7 +103,7 @@ class Runtime:
         if missing:
             self._without_dependencies(" and ".join(missing))
             return
-        from ascend_patch import _hooks, _plan, _registry, _selection, _versions
+        from ascend_patch import _hooks, _plan, _registry, _selection, _selftest, _verify, _versions
         from ascend_patch._apply import Applier
 
         registry = _registry.load()
@@ -113,7 +116,16 @@ class Runtime:
                 tuple(name for name, patch in registry.items() if patch.available),
             )
             installed = _versions.find()
-        except (_selection.SelectionError, _versions.DeviceError) as error:
+            self.tests_at_load = _selftest.wanted(installed.device)
+            self.verification = _verify.begin(
+                self.state, tuple(registry), selection.ids, self.found_wrong, self._give_back
+            )
+        except (
+            _selection.SelectionError,
+            _selftest.SelfTestError,
+            _verify.VerifyError,
+            _versions.DeviceError,
+        ) as error:
             raise Refusal(str(error)) from None
         self.state.facts.update(
             selection=wanted,
@@ -134,9 +146,24 @@ class Runtime:
                 by_name=name in selection.by_name,
             )
         self._refuse_if_strict()
-        self._applier = Applier(self.state, finder)
+        self._applier = Applier(self.state, finder, self.verification)
         _hooks.install(finder, self)
         self._applier.arm(self.decisions)
+
+    def found_wrong(self, patch_id: str, reason: str) -> None:
+        """A patch that is applied computes something else than it must: the host's own code runs.
+
+        Raises:
+            Refusal: ASCEND_PATCHES_STRICT=1.
+        """
+        if self._applier is not None:
+            self._applier.condemn(patch_id, reason)
+        self.state.write()
+        self._refuse_if_strict()
+
+    def _give_back(self) -> None:
+        if self._applier is not None:
+            self._applier.give_back()
 
     def _without_dependencies(self, names: str) -> None:
         reason = (
@@ -156,16 +183,24 @@ class Runtime:
             )
             raise Refusal(f"{STRICT_VARIABLE}=1 and {reasons}")
 
-    def model_is_loaded(self) -> None:
-        """Look again at what was installed; with STRICT, refuse what failed since.
+    def model_is_loaded(self, model: Any = None) -> None:
+        """Look again at what was installed, and test it; with STRICT, refuse what failed since.
 
         Raises:
-            Refusal: ASCEND_PATCHES_STRICT=1 and a patch failed while its modules were imported.
+            Refusal: ASCEND_PATCHES_STRICT=1 and a patch failed while its modules were imported, or
+                gives wrong results for this model.
         """
         with self._lock:
             self.state.facts["model_loaded"] = True
+            if self.verification is not None:
+                self.verification.model_is_loaded()
             self.look_again()
             self._refuse_if_strict()
+        # Without the lock: it imports kernels, and another thread may import the host meanwhile.
+        if self.tests_at_load and self._applier is not None:
+            from ascend_patch import _selftest
+
+            _selftest.run_all(self, self._applier, model)
 
     def look_again(self) -> None:
         """Attach what came in past the finder, and see whether what was installed is still there.
@@ -217,26 +252,13 @@ class Runtime:
             raise KeyError(f"there is no patch {patch_id!r}; there are {', '.join(registry)}")
         return name
 
-    def _announce(self) -> None:
-        for patch in self.state.patches.values():
-            if patch.by_name and patch.state in (*UNAPPLIED, "superseded"):
-                _bootstrap.complain(
-                    f"WARNING: patch {patch.id} was asked for and is {patch.state}: {patch.reason}"
-                )
-        if self.state.begins_run and self.state.facts:
-            facts = self.state.facts
-            found = ", ".join(f"{p.id} {p.state}" for p in self.state.patches.values())
-            version = facts["versions"].get(facts["host"], "unknown")
-            _bootstrap.complain(
-                f"{__version__}, host {facts['host']} {version}, device {facts['device']} "
-                f"({facts['device_reason']}): {found or 'no patch selected'}"
-            )
-
     def _after_fork(self) -> None:
         # Another thread may have held the lock when the process forked.
         self._lock = threading.RLock()
         if self._applier is not None:
             self._applier.after_fork()
+        if self.verification is not None:
+            self.verification.after_fork()
         self.state.after_fork()
 
 

@@ -6,11 +6,14 @@ import inspect
 import sys
 from collections.abc import Callable
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ascend_patch import _layers
 from ascend_patch._registry import Symbol, Target
-from ascend_patch._replacement import SeamError, Switch, guarded, load_replacement
+from ascend_patch._replacement import SeamError, Switch, around, guarded, load_replacement, verified
+
+if TYPE_CHECKING:
+    from ascend_patch._verifier import PatchVerifier
 
 _MISSING = object()
 
@@ -20,10 +23,13 @@ class Installation:
 
     note = ""
 
-    def __init__(self, target: Target, count: Callable[[], None]) -> None:
+    def __init__(
+        self, target: Target, count: Callable[[], None], verifier: PatchVerifier | None = None
+    ) -> None:
         self.target = target
         self.switch = Switch()
         self._count = count
+        self._verifier = verifier
 
     def prepare(self) -> None:
         """Look at the target and make ours; whatever has to be imported is imported here.
@@ -59,6 +65,12 @@ class Installation:
     def found(self) -> str:
         """Empty if what was installed is what is there; otherwise what is there, as a sentence."""
         return ""
+
+    def _plain(self, original: FunctionType) -> FunctionType:
+        if self._verifier is not None:
+            return verified(original, self.target, self.switch, self._count, self._verifier)
+        replacement = load_replacement(self.target.replacement)
+        return guarded(original, replacement, self.switch, self._count)
 
 
 class AttributeInstallation(Installation):
@@ -137,24 +149,12 @@ class AttributeInstallation(Installation):
         return f"replaced by {other} after we had applied"
 
     def _wrapped(self) -> Any:
-        import wrapt
-
         if not _is_callable(self._raw):
             raise SeamError(
                 f"{self.target.symbol} is a {type(self._raw).__name__}; a host seam needs a "
                 "function or a method"
             )
-        replacement, count, switch = (
-            load_replacement(self.target.replacement),
-            self._count,
-            self.switch,
-        )
-
-        def wrapper(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-            count()
-            return replacement(wrapped, instance, args, kwargs)
-
-        return wrapt.FunctionWrapper(self._raw, wrapper, enabled=lambda: switch.on)
+        return around(self._raw, self.target, self.switch, self._count, self._verifier)
 
     def _traced(self) -> Any:
         original = getattr(self._raw, "__func__", self._raw)
@@ -163,9 +163,7 @@ class AttributeInstallation(Installation):
                 f"{self.target.symbol} is a {type(original).__name__}; a traced seam needs a "
                 "function"
             )
-        ours = guarded(
-            original, load_replacement(self.target.replacement), self.switch, self._count
-        )
+        ours = self._plain(original)
         return type(self._raw)(ours) if type(self._raw) in _layers.DESCRIPTORS else ours
 
 
@@ -187,9 +185,7 @@ class OperatorInstallation(Installation):
                 f"torch {torch.__version__} cannot override an operator; 2.7 or later can"
             )
         original = inspect.unwrap(getattr(owner, attribute))
-        self._ours = guarded(
-            original, load_replacement(self.target.replacement), self.switch, self._count
-        )
+        self._ours = self._plain(original)
 
     def install(self) -> None:
         import torch
@@ -215,10 +211,12 @@ class OperatorInstallation(Installation):
             library._destroy()
 
 
-def make(target: Target, count: Callable[[], None]) -> Installation:
+def make(
+    target: Target, count: Callable[[], None], verifier: PatchVerifier | None = None
+) -> Installation:
     """The installation for a target's kind of seam, not yet installed."""
     kind = OperatorInstallation if target.seam == "operator" else AttributeInstallation
-    return kind(target, count)
+    return kind(target, count, verifier)
 
 
 def _is_callable(raw: Any) -> bool:

@@ -75,15 +75,19 @@ def parse(value: str, known: Collection[str], in_all: Collection[str]) -> Select
 
 
 def _sentence(value: str, entry: str, what: str, known: Collection[str]) -> str:
-    near = get_close_matches(canonical_id(entry.lstrip("-")), [*known, "all"], n=1)
-    hint = f" Did you mean `{near[0]}`?" if near else ""
     names = ", ".join(known)
     return (
-        f"{VARIABLE}={_shown(value)}: {what}: {_shown(entry)}.{hint} "
+        f"{VARIABLE}={shown(value)}: {what}: {shown(entry)}.{did_you_mean(entry, known)} "
         f"Write `all`, or names out of: {names}; `all,-name` leaves one out; `none` is off."
     )
 
 
-def _shown(text: str) -> str:
+def did_you_mean(entry: str, known: Collection[str]) -> str:
+    """The nearest known name as a sentence with a space before it, or nothing."""
+    near = get_close_matches(canonical_id(entry.lstrip("-")), [*known, "all"], n=1)
+    return f" Did you mean `{near[0]}`?" if near else ""
+
+
+def shown(text: str) -> str:
     """A value as a message has it: one line, however long it is."""
     return repr(text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}...")

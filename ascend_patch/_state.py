@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,10 @@ class ProcessState:
         self.problems: list[str] = []
         self.counters = Counters()
         self.begins_run = False
+        # Of the patches that ASCEND_PATCHES_VERIFY names; see `_verify.Verification`.
+        self.verification: Callable[[], dict[str, Any]] = dict
+        # Of the patches that were tested when a model was loaded; see `_selftest`.
+        self.self_tests: dict[str, str] = {}
         self._directory: Path | None = None
         self._files_of = 0
         self._started = time.time()
@@ -105,6 +110,8 @@ class ProcessState:
             "kernels": {
                 name.removeprefix("kernel/"): self.counters.value(name) for name in kernels
             },
+            "verification": self.verification(),
+            "self_tests": dict(self.self_tests),
             "counters": list(self.counters.names),
         }
 
@@ -124,6 +131,22 @@ class ProcessState:
             except OSError as error:
                 self._directory = None
                 self._problem(f"no status file: {error}")
+
+    def announce(self) -> None:
+        """Say on stderr what was decided: loudly what was asked for by name and will not be."""
+        for patch in self.patches.values():
+            if patch.by_name and patch.state in (*UNAPPLIED, "superseded"):
+                _bootstrap.complain(
+                    f"WARNING: patch {patch.id} was asked for and is {patch.state}: {patch.reason}"
+                )
+        if self.begins_run and self.facts:
+            facts = self.facts
+            found = ", ".join(f"{p.id} {p.state}" for p in self.patches.values())
+            version = facts["versions"].get(facts["host"], "unknown")
+            _bootstrap.complain(
+                f"{__version__}, host {facts['host']} {version}, device {facts['device']} "
+                f"({facts['device_reason']}): {found or 'no patch selected'}"
+            )
 
     def _problem(self, what: str) -> None:
         if what not in self.problems:

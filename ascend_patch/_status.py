@@ -48,6 +48,10 @@ def _process(file: Path) -> dict[str, Any] | None:
     for patch in process["patches"]:
         for target in patch["targets"]:
             target["calls"] = calls.get(f"{patch['id']}/{target['id']}", target["calls"])
+    # Files that were written before there was either.
+    for patch, found in process.setdefault("verification", {}).items():
+        found["compared"] = calls.get(f"verify/{patch}", found["compared"])
+    process.setdefault("self_tests", {})
     process["kernels"] |= {
         name.removeprefix("kernel/"): value
         for name, value in calls.items()
@@ -81,9 +85,25 @@ def as_text(run: dict[str, Any]) -> list[str]:
             label = ""
         if process["kernels"]:
             kernels = ", ".join(f"{name} {count}" for name, count in process["kernels"].items())
-            lines.append(f"  {'':<20} {'':>8}  kernels run: {kernels}")
+            lines.append(f"{_ASIDE}kernels run: {kernels}")
+        lines += [f"{_ASIDE}self-test of {p}: {t}" for p, t in process["self_tests"].items()]
+        lines += [f"{_ASIDE}{_compared(p, f)}" for p, f in process["verification"].items()]
     lines.extend(_reasons(run))
     return lines
+
+
+_ASIDE = " " * 33
+
+
+def _compared(patch: str, found: dict[str, Any]) -> str:
+    of = f" of {found['calls']}" if found["calls"] is not None else ""
+    text = f"verify of {patch}: {found['compared']}{of} calls compared"
+    if found["error"] is not None:
+        text += (
+            f", largest error {found['error']:.3g} {found['unit']} of {found['limit']:g} allowed "
+            f"({found['where']})"
+        )
+    return "; ".join([text, *found["notes"]])
 
 
 _NO_PATCH: dict[str, Any] = {"id": "-", "state": "-", "targets": []}

@@ -1,0 +1,182 @@
+"""The self-test at load: each kernel of an applied patch once, at the loaded model's own shapes.
+
+Between the loading of a model and its compilation and capture. What disagrees with the oracle is
+not used: first the implementation, and where the last one is wrong, the patch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ascend_patch import _bootstrap
+from ascend_patch._selection import shown
+
+if TYPE_CHECKING:
+    from ascend_patch._apply import Applier
+    from ascend_patch._runtime import Runtime
+
+VARIABLE = "ASCEND_PATCHES_SELFTEST"
+ON, OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+class SelfTestError(ValueError):
+    """ASCEND_PATCHES_SELFTEST cannot be understood; the message says what to write."""
+
+
+class Verdict(Protocol):
+    """See `ascend_patch.kernels.selftest.Verdict`."""
+
+    @property
+    def ulps(self) -> float: ...
+    @property
+    def share(self) -> float: ...
+    @property
+    def wrong(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test at a loaded model's shapes.
+
+    Attributes:
+        name: For messages: what is called, with which shapes.
+        judge: Runs ours and says how right it is; it may raise, which counts as wrong.
+        withdraw: Takes the implementation that served out of use and returns its name; empty
+            where it is the last one.
+        warm: Compiles what serving will use, once all is well.
+    """
+
+    name: str
+    judge: Callable[[], Verdict]
+    withdraw: Callable[[], str] = lambda: ""
+    warm: Callable[[], object] = lambda: None
+
+
+@dataclass
+class Result:
+    """What one run found; `wrong` is empty where all is well."""
+
+    cases: int = 0
+    ulps: float = 0.0
+    share: float = 0.0
+    seconds: float = 0.0
+    wrong: str = ""
+    withdrawn: tuple[str, ...] = ()
+
+    def sentence(self) -> str:
+        """As the status shows it."""
+        text = f"{self.cases} cases"
+        if not self.cases:
+            text = "the model has nothing that it could be tried on"
+        elif not self.wrong:
+            text += f", largest error {self.ulps:.2f} ulp ({self.share:.2f} of what is allowed)"
+        text += f", {self.seconds * 1e3:.0f} ms"
+        for withdrawn in self.withdrawn:
+            text += f"; no longer used: {withdrawn}"
+        return f"{text}; {self.wrong}" if self.wrong else text
+
+
+def wanted(device: str) -> bool:
+    """Whether patches are tested when a model is loaded: on an NPU, unless the variable says no.
+
+    Raises:
+        SelfTestError: The variable says neither yes nor no.
+    """
+    value = os.environ.get(VARIABLE, "").strip().lower()
+    if value in ("", "auto"):
+        return device == "npu"
+    if value not in (*ON, *OFF):
+        raise SelfTestError(
+            f"{VARIABLE}={shown(value)} says neither yes nor no; write 1 or 0, or leave it out to "
+            "test on NPUs only"
+        )
+    return value in ON
+
+
+def run_all(runtime: Runtime, applier: Applier, model: Any) -> None:
+    """Test every applied patch that declares a test.
+
+    Raises:
+        Refusal: ASCEND_PATCHES_STRICT=1 and a patch gives wrong results.
+    """
+    for name, decision in runtime.decisions.items():
+        if runtime.state.patches[name].state != "applied" or not decision.patch.self_test:
+            continue
+        try:
+            result = run(_cases(decision.patch.self_test, model, applier, name))
+        except Exception as error:
+            # A fault of the test itself says nothing about the patch.
+            from ascend_patch import _runtime
+
+            _runtime.record_internal_error(f"patch {name} was tested", error)
+            continue
+        runtime.state.self_tests[name] = result.sentence()
+        if result.wrong:
+            runtime.found_wrong(name, f"self-test: {result.wrong}; the host's own code runs")
+            applier.give_back()
+        for withdrawn in result.withdrawn:
+            _bootstrap.complain(f"patch {name}: self-test: no longer used: {withdrawn}")
+        runtime.state.write()
+
+
+def _cases(text: str, model: Any, applier: Applier, patch: str) -> Iterator[Case]:
+    module, _, function = text.partition(":")
+    # The second argument runs the host's own code: `with as_it_was(): ...`.
+    made: Iterable[Case] = getattr(importlib.import_module(module), function)(
+        model, lambda: applier.paused(patch)
+    )
+    return iter(made)
+
+
+def run(cases: Iterable[Case]) -> Result:
+    """Run cases until all are right, or one is wrong whose implementation is the last one.
+
+    What was right before an implementation was withdrawn is tried again with the next one.
+    """
+    result, begun = Result(), time.perf_counter()
+    _synchronize()
+    todo = list(cases)
+    try:
+        while (failed := _first_wrong(todo, result)) is not None:
+            case, sentence = failed
+            name = case.withdraw()
+            if not name:
+                result.wrong = sentence
+                return result
+            result.withdrawn += (f"{name} ({sentence})",)
+        for case in todo:
+            case.warm()
+    finally:
+        _synchronize()
+        result.seconds = time.perf_counter() - begun
+    return result
+
+
+def _first_wrong(todo: list[Case], result: Result) -> tuple[Case, str] | None:
+    result.cases, result.ulps, result.share = 0, 0.0, 0.0
+    for case in todo:
+        result.cases += 1
+        try:
+            verdict = case.judge()
+        except Exception as error:
+            return case, f"{case.name}: {type(error).__name__}: {error}"
+        if verdict.wrong:
+            return case, f"{case.name}: {verdict.wrong}"
+        result.ulps = max(result.ulps, verdict.ulps)
+        result.share = max(result.share, verdict.share)
+    return None
+
+
+def _synchronize() -> None:
+    """Wait for the device, so that an error is raised where it was made: in ours or in theirs."""
+    torch = sys.modules.get("torch")
+    for name in ("npu", "cuda"):
+        accelerator = getattr(torch, name, None)
+        if accelerator is not None and accelerator.is_available():
+            accelerator.synchronize()
