@@ -1,0 +1,260 @@
+"""vLLM's own engine with and without the patches, side by side: scripts/bench engine.
+
+Each run is a process of its own, so that off means off; runs with and without take turns. First
+their answers are compared: the greedy tokens of random prompts in float32, beside a control whose
+sines are negated, which must answer something else. Only then throughput is looked at, in
+bfloat16. The model is Qwen3's architecture at random weights, made here: nothing is downloaded.
+
+What it runs on is the vLLM that the interpreter finds (or --site names): a CUDA build, or its
+Python sources over Triton where there is no compiled part, which is what an Ascend machine has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from _engine_model import VOCABULARY, write_model
+
+ROOT = Path(__file__).resolve().parents[1]
+
+ROUNDS = 5
+# name: prompts, tokens of each, new tokens of each
+WORKLOADS = {"prefill": (32, 1000, 1), "decode": (32, 64, 128)}
+COLUMNS = ("mode", "dtype", "patches", "round", "what", "tokens_s", "seconds_p50", "seconds_max")
+CONTROL = "sine negated"
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="scripts/bench engine", description=__doc__)
+    parser.add_argument("--site", default="", help="folders of vLLM and what it needs")
+    parser.add_argument("--patches", default="all", help="what ASCEND_PATCHES is set to")
+    parser.add_argument("--modes", nargs="*", default=["eager", "compiled"])
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each kind, in turns")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--deadline", type=float, default=240, help="seconds for one run")
+    parser.add_argument("--out", type=Path, help="folder for engine.csv")
+    parser.add_argument("--commit", default="", help="what to record where git is not there")
+    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.child:
+        return child(json.loads(arguments.child))
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder), hidden=arguments.hidden, layers=arguments.layers)
+        return compare(arguments, folder)
+
+
+def compare(arguments: argparse.Namespace, folder: str) -> int:
+    rows: list[dict[str, Any]] = []
+    wrong: list[str] = []
+
+    def one(mode: str, dtype: str, patches: str, control: bool = False) -> dict[str, Any] | None:
+        what = f"{mode} {dtype} {'patches ' + patches if patches else 'unpatched'}"
+        what += f", {CONTROL}" if control else ""
+        order = {"model": folder, "mode": mode, "dtype": dtype, "control": control}
+        found = start({**order, "device": arguments.device}, patches, arguments)
+        if isinstance(found, str):
+            wrong.append(f"{what}: {found}")
+            print(f"{what}: {found}", flush=True)
+            return None
+        print(f"{what}: {found['summary']}", flush=True)
+        return found
+
+    for mode in arguments.modes:
+        plain, ours = one(mode, "float32", ""), one(mode, "float32", arguments.patches)
+        control = one(mode, "float32", arguments.patches, control=True)
+        if not (plain and ours and control):
+            continue
+        same, apart = agreement(plain, ours)
+        control_same, control_apart = agreement(plain, control)
+        print(f"  greedy tokens equal: {same:.1%}, log-probabilities apart {apart:.2e}")
+        print(f"  {CONTROL}: {control_same:.1%}, apart {control_apart:.2e}", flush=True)
+        if same < 1:
+            wrong.append(f"{mode}: {1 - same:.1%} of the greedy tokens differ")
+        if control_same > 0.9:
+            wrong.append(f"{mode}: the control answers the same; this model cannot tell")
+        if not ours["kernels"]:
+            wrong.append(f"{mode}: no kernel of ours was called")
+        rows.append({"mode": mode, "dtype": "float32", "what": "equal tokens", "tokens_s": same})
+        for turn in range(arguments.rounds):
+            for patches in ("", arguments.patches):
+                found = one(mode, "bfloat16", patches)
+                for name, seconds in (found["seconds"] if found else {}).items():
+                    rows.append(
+                        {
+                            "mode": mode,
+                            "dtype": "bfloat16",
+                            "patches": patches or "none",
+                            "round": turn,
+                            "what": name,
+                            "tokens_s": round(produced(name) / statistics.median(seconds), 1),
+                            "seconds_p50": round(statistics.median(seconds), 4),
+                            "seconds_max": round(max(seconds), 4),
+                        }
+                    )
+    if arguments.out and rows:
+        write_csv(arguments, rows)
+    for sentence in wrong:
+        print(f"scripts/bench engine: {sentence}")
+    return 1 if wrong else 0
+
+
+def produced(name: str) -> int:
+    prompts, length, new = WORKLOADS[name]
+    return prompts * (new if new > 1 else length)
+
+
+def agreement(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
+    """Share of equal greedy tokens, and the largest distance of the first log-probabilities."""
+    pairs = [
+        a == b
+        for mine, theirs in zip(one["tokens"], other["tokens"], strict=True)
+        for a, b in zip(mine, theirs, strict=True)
+    ]
+    apart = max(
+        abs(mine[token] - theirs[token]) if token in theirs else float("inf")
+        for mine, theirs in zip(one["first"], other["first"], strict=True)
+        for token in list(mine)[:5]
+    )
+    return sum(pairs) / len(pairs), apart
+
+
+def start(order: dict[str, Any], patches: str, arguments: argparse.Namespace) -> dict | str:
+    """Run one child to its end; its result, or why there is none."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ASCEND_PATCHES")}
+    paths = [str(ROOT), arguments.site, os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    quiet = ("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")
+    environment |= dict.fromkeys(quiet, "1") | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        environment["ASCEND_PATCHES_STATUS_DIR"] = folder
+        if patches:
+            environment |= {"ASCEND_PATCHES": patches, "ASCEND_PATCHES_STRICT": "1"}
+        command = [sys.executable, __file__, "--child", json.dumps({**order, "out": str(result)})]
+        log = Path(folder) / "log"
+        with log.open("w") as file:
+            try:
+                done = subprocess.run(
+                    command,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    timeout=arguments.deadline,
+                ).returncode
+            except subprocess.TimeoutExpired:
+                return f"not ready after {arguments.deadline:.0f} s"
+        if done or not result.exists():
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
+            return f"ended with {done}:\n{tail}"
+        return json.loads(result.read_text())
+
+
+def child(order: dict[str, Any]) -> int:
+    import torch
+    from vllm import LLM, SamplingParams
+
+    began = time.perf_counter()
+    settings: dict[str, Any] = {"compilation_config": {"custom_ops": ["none"]}}
+    if order["mode"] == "eager":
+        settings = {
+            "enforce_eager": True,
+            "compilation_config": {"mode": 0, "custom_ops": ["none"]},
+        }
+    if order["device"] == "cuda":
+        import triton
+
+        triton.set_allocator(
+            lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda")
+        )
+        settings |= {"attention_config": {"backend": "TRITON_ATTN"}, "gpu_memory_utilization": 0.4}
+    llm = LLM(
+        order["model"],
+        dtype=order["dtype"],
+        skip_tokenizer_init=True,
+        max_model_len=2048,
+        enable_prefix_caching=False,
+        **settings,
+    )
+    if order["control"]:
+        llm.apply_model(negate_sines)
+    ready = time.perf_counter() - began
+    answers = generate(llm, SamplingParams, 8, 48, 32, logprobs=5)
+    seconds: dict[str, list[float]] = {}
+    if order["dtype"] == "bfloat16":
+        for name, workload in WORKLOADS.items():
+            generate(llm, SamplingParams, *workload)
+            for _ in range(ROUNDS):
+                begin = time.perf_counter()
+                generate(llm, SamplingParams, *workload)
+                seconds.setdefault(name, []).append(time.perf_counter() - begin)
+    kernels = called()
+    rates = [f"{n} {produced(n) / statistics.median(s):.0f} tokens/s" for n, s in seconds.items()]
+    first = [answer.outputs[0].logprobs[0] for answer in answers]
+    Path(order["out"]).write_text(
+        json.dumps(
+            {
+                "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
+                "first": [{str(t): p.logprob for t, p in top.items()} for top in first],
+                "seconds": seconds,
+                "kernels": kernels,
+                "summary": f"ready in {ready:.0f} s; {', '.join(rates)}; calls {kernels}",
+            }
+        )
+    )
+    return 0
+
+
+def generate(
+    llm: Any, params: Any, prompts: int, length: int, new: int, logprobs: int | None = None
+) -> Any:
+    import random
+
+    chosen = random.Random(length)
+    rows = [[chosen.randrange(VOCABULARY) for _ in range(length)] for _ in range(prompts)]
+    greedy = params(
+        temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, logprobs=logprobs
+    )
+    return llm.generate([{"prompt_token_ids": row} for row in rows], greedy, use_tqdm=False)
+
+
+def negate_sines(model: Any) -> None:
+    for name, cache in model.named_buffers():
+        if name.endswith("cos_sin_cache"):
+            cache[:, cache.shape[-1] // 2 :].neg_()
+
+
+def called() -> dict[str, int]:
+    """How often our kernels ran in this process; empty where nothing is patched."""
+    if "ascend_patch._runtime" not in sys.modules:
+        return {}
+    counters = sys.modules["ascend_patch._runtime"].current().state.counters
+    return {n: counters.value(n) for n in counters.names if n.startswith("kernel/")}
+
+
+def write_csv(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    from _bench_rope import machine
+
+    facts = machine(arguments.commit) if arguments.device == "cuda" else {}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with (arguments.out / "engine.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*COLUMNS, *facts])
+        writer.writeheader()
+        writer.writerows({**row, **facts} for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
