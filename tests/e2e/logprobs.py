@@ -16,6 +16,8 @@ from _server import Server
 from _tiny_model import WORDS
 
 STEPS = 16
+# Of a wrong model: each of its steps is another request, since it hardly ever says the same.
+FAULTY_STEPS = 4
 TOP = 20  # vLLM's own limit
 # From a word to a page of text; among them repetition and text far from the tokenizer's words.
 PROMPTS = (
@@ -54,9 +56,9 @@ class Answer:
     tokens: tuple[int, ...]
     steps: tuple[Step, ...]
 
-    def first(self) -> Answer:
-        """Return the first step alone: behind it, two models talk about different texts."""
-        return Answer(self.prompt, self.tokens[:1], self.steps[:1])
+    def head(self, steps: int) -> Answer:
+        """Return the first steps alone."""
+        return Answer(self.prompt, self.tokens[:steps], self.steps[:steps])
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,11 @@ def compare(first: tuple[Answer, ...], second: tuple[Answer, ...]) -> Difference
             worst = max(worst, *(abs(a[t] - b[t]) for t in shared)) if shared else math.inf
         prompts.append(worst)
     return Difference(max(prompts), tuple(prompts), diverged, unlike)
+
+
+def heads(answers: tuple[Answer, ...], steps: int = FAULTY_STEPS) -> tuple[Answer, ...]:
+    """Return the first steps of each answer."""
+    return tuple(answer.head(steps) for answer in answers)
 
 
 def largest(answers: tuple[Answer, ...]) -> float:

@@ -84,7 +84,7 @@ class Observed:
     Attributes:
         answers: To the prompts one after the other, and to questions about images.
         together: To the prompts in one batch.
-        faulty: The same questions with a fault switched on, by its name.
+        faulty: The first steps of the answers with a fault switched on, by its name.
         status: `ascend-patch status --json` of its run, while it was alive.
         started_in: Seconds until it was ready.
     """
@@ -140,7 +140,7 @@ class Lab:
                 observed.status = self.status(server)
                 for name in IMAGE_FAULTS if setup.images else FAULTS:
                     fault.write_text(name)
-                    observed.faulty[name] = setup.ask(server, lead)
+                    observed.faulty[name] = setup.ask(server, logprobs.heads(lead))
             self.kept[key] = observed
         return self.kept[key]
 
