@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import FunctionType
 from typing import Any
 
+import torch
+
 from ascend_patch.kernels.rope import rotary_embedding
 
 
@@ -20,7 +22,10 @@ def reads_wrong_sines(original: FunctionType, rotary_dim: int) -> bool:
 
 
 def rope_forward_oot(original: FunctionType) -> Any:
-    """`vllm::npu_rotary_embedding` (0.18.0) and `vllm::rope_forward_oot` (releases/v0.13.0)."""
+    """`vllm::npu_rotary_embedding` (0.18.0) and `vllm::rope_forward_oot` (releases/v0.13.0).
+
+    No tokens are ours too: the release asks torch for a view of nothing by `-1`, which is an error.
+    """
 
     def rope_forward_oot(
         positions: Any,
@@ -32,7 +37,8 @@ def rope_forward_oot(original: FunctionType) -> Any:
         is_neox_style: bool,
         offsets: Any = None,
     ) -> Any:
-        if offsets is None and reads_wrong_sines(original, rotary_dim):
+        wrong = reads_wrong_sines(original, rotary_dim) or query.shape[0] == 0
+        if offsets is None and wrong:
             return rotary_embedding(
                 positions,
                 query,
@@ -67,8 +73,9 @@ def rope_forward_oot_0_13(original: FunctionType) -> Any:
     """`_rope_forward_oot` of 0.13.0: a layer with tables of its own gets them.
 
     A draft model, or a second kind of layer, has another base or scaling than the layer that came
-    first; the release rotates it by that one's angles. Everything else, and with it the operator
-    that the release's fusion pass looks for, stays as it is.
+    first; the release rotates it by that one's angles. A layer without keys of its own (key None)
+    is ours as well. Everything else, and with it the operator that the release's fusion pass looks
+    for, stays as it is.
     """
 
     def _rope_forward_oot(
@@ -77,15 +84,60 @@ def rope_forward_oot_0_13(original: FunctionType) -> Any:
         would_share = (
             is_neox_style and self.head_size == 128 and self.cos_sin_cache.shape[-1] == 128
         )
-        if offsets is None and would_share and getattr(self, OWN_TABLES, False):
+        own = would_share and getattr(self, OWN_TABLES, False)
+        if offsets is None and (own or key is None):
             return rotary_embedding(
                 positions,
                 query,
                 key,
-                self.cos_sin_cache,
+                self.cos_sin_cache.to(query.device),
                 head_size=self.head_size,
                 is_neox_style=is_neox_style,
             )
         return original(self, positions, query, key, is_neox_style, offsets)
+
+    return _rope_forward_oot
+
+
+def rope_forward_oot_0_11(original: FunctionType) -> Any:
+    """`_rope_forward_oot` of 0.11.0: a head of which only a part turns, and a layer without keys.
+
+    The release cuts that part out and then tells torch_npu that a head is as wide as before, so
+    that only some of the heads turn. Its own operator does the work here too, told the truth.
+    """
+    release = original.__globals__
+    npu, is_310p = release["torch_npu"], release["is_310p"]
+    takes_custom_kernel = release["_custom_rotary_embedding_enabled"]
+
+    def _rope_forward_oot(
+        self: Any, positions: Any, query: Any, key: Any, is_neox_style: bool, offsets: Any = None
+    ) -> Any:
+        empty = key is None or query.shape[0] == 0
+        by_kernel = takes_custom_kernel(query, is_neox_style, self.head_size) and not is_310p()
+        # Set where cosines and sines are gathered once a step, for NeoX style and whole heads.
+        gathered = getattr(self, "cos", None) is not None
+        if offsets is None and (empty or (gathered and not is_neox_style and not by_kernel)):
+            return rotary_embedding(
+                positions,
+                query,
+                key,
+                self.cos_sin_cache.to(query.device),
+                head_size=self.head_size,
+                is_neox_style=is_neox_style,
+            )
+        whole = self.rotary_dim == self.head_size
+        if by_kernel or offsets is not None or gathered or whole:
+            return original(self, positions, query, key, is_neox_style, offsets)
+        cache = self.cos_sin_cache.to(query.device, query.dtype)
+        heads = [x.view(x.shape[0], -1, self.head_size) for x in (query, key)]
+        turned = [x[..., : self.rotary_dim].flatten(1).contiguous() for x in heads]
+        # In place, on the parts that were cut out.
+        npu._npu_rotary_embedding(positions, *turned, self.rotary_dim, cache, is_neox_style)
+        parts = [x.view(x.shape[0], -1, self.rotary_dim) for x in turned]
+        q, k = (
+            torch.cat((part, x[..., self.rotary_dim :]), dim=-1)
+            for part, x in zip(parts, heads, strict=True)
+        )
+        return q.view(query.shape), k.view(key.shape)
 
     return _rope_forward_oot

@@ -7,10 +7,11 @@ from ascend_patch._registry import Band, Target
 ASCEND = "vllm_ascend.ops.rotary_embedding"
 ASCEND_TRITON = "vllm_ascend.ops.triton.rope"
 ASCEND_REGISTRATION = "vllm_ascend.ops.register_custom_ops"
+ASCEND_FUSED = "vllm_ascend.ops.triton.linearnorm"
 ASCEND_IMPL = "ascend_patch.impl.rotary_ascend"
 
 
-def _ascend_operator(name: str) -> Target:
+def _operator(name: str) -> Target:
     """The registered operator; its implementation has one body in every release that has it."""
     return Target(
         symbol=f"{ASCEND}:rope_forward_oot",
@@ -26,35 +27,88 @@ def _ascend_operator(name: str) -> Target:
     )
 
 
-def _remembers_whose_tables(name: str) -> Target:
-    """A class whose layers share the cos and sin that are gathered once a step."""
+def _fused(replacement: str) -> Target:
+    """What the release's fusion pass puts in place of split, norms and rotation (Qwen3)."""
+    module = f"{ASCEND_FUSED}.split_qkv_rmsnorm_rope"
     return Target(
-        symbol=f"{ASCEND}:{name}.__init__",
-        seam="host",
-        replacement=f"{ASCEND_IMPL}:remember_whose_tables",
+        symbol=f"{module}:split_qkv_rmsnorm_rope_impl",
+        seam="operator",
+        operator="vllm::qkv_rmsnorm_rope",
+        replacement=f"{ASCEND_IMPL}_fused:{replacement}",
+        context=(f"{module}:split_qkv_rmsnorm_rope_kernel", f"{module}:<module>"),
     )
 
 
+def _fused_by_axis() -> Target:
+    """The same with MRoPE, which Qwen3-VL's and Qwen3.5's attention call by name."""
+    module = f"{ASCEND_FUSED}.split_qkv_rmsnorm_mrope"
+    return Target(
+        symbol=f"{module}:triton_split_qkv_rmsnorm_mrope",
+        seam="operator",
+        operator="vllm::triton_split_qkv_rmsnorm_mrope",
+        replacement=f"{ASCEND_IMPL}_fused:split_qkv_rmsnorm_mrope",
+        context=(f"{module}:split_qkv_rmsnorm_mrope_kernel", f"{module}:<module>"),
+    )
+
+
+def _method(name: str, replacement: str, *context: str) -> Target:
+    """A class's forward, which a compiled model traces."""
+    return Target(
+        symbol=f"{ASCEND}:{name}.forward_oot",
+        seam="traced",
+        replacement=f"{ASCEND_IMPL}_layers:{replacement}",
+        context=context,
+    )
+
+
+def _built(name: str, replacement: str) -> Target:
+    """A class's constructor, where a layer is told what its forward needs to know."""
+    return Target(
+        symbol=f"{ASCEND}:{name}.__init__",
+        seam="host",
+        replacement=f"{ASCEND_IMPL}{replacement}",
+    )
+
+
+MROPE = _method("AscendMRotaryEmbedding", "mrope")
+# YaRN's class calls this one too.
+NO_KEY = _method("AscendRotaryEmbedding", "without_a_key")
+GIVEN_ANGLES = _method("AscendApplyRotaryEmb", "apply_rotary_emb")
+GIVEN_ANGLES_0_13 = _method("AscendApplyRotaryEmb", "apply_rotary_emb_0_13")
+LAYERS = (NO_KEY, MROPE, GIVEN_ANGLES)
+OPERATORS = (
+    _operator("vllm::npu_rotary_embedding"),
+    _fused("qkv_rmsnorm_rope"),
+    _fused_by_axis(),
+)
+
 BANDS = (
+    Band("vllm_ascend", "", ("0.23.0", "releases/v0.23.0"), OPERATORS + LAYERS),
     Band(
-        host="vllm_ascend",
-        versions="",
-        releases=("0.18.0", "releases/v0.18.0", "0.23.0", "releases/v0.23.0"),
-        targets=(_ascend_operator("vllm::npu_rotary_embedding"),),
+        "vllm_ascend",
+        "",
+        ("0.18.0", "releases/v0.18.0"),
+        (*OPERATORS, *LAYERS, _built("AscendYaRNRotaryEmbedding", "_layers:knows_its_method")),
     ),
     Band(
-        host="vllm_ascend",
-        versions="",
-        releases=("releases/v0.13.0",),
-        targets=(_ascend_operator("vllm::rope_forward_oot"),),
+        "vllm_ascend",
+        "",
+        ("releases/v0.13.0",),
+        (
+            _operator("vllm::rope_forward_oot"),
+            _fused("qkv_rmsnorm_rope_branch_0_13"),
+            *(NO_KEY, MROPE, GIVEN_ANGLES_0_13),
+        ),
     ),
     Band(
-        host="vllm_ascend",
-        versions="",
-        releases=("0.13.0",),
-        targets=(
-            _remembers_whose_tables("AscendRotaryEmbedding"),
-            _remembers_whose_tables("AscendYaRNRotaryEmbedding"),
+        "vllm_ascend",
+        "",
+        ("0.13.0",),
+        (
+            _fused("qkv_rmsnorm_rope_0_13"),
+            *(MROPE, GIVEN_ANGLES_0_13),
+            _built("AscendRotaryEmbedding", ":remember_whose_tables"),
+            _built("AscendYaRNRotaryEmbedding", ":remember_whose_tables"),
             Target(
                 symbol=f"{ASCEND}:_rope_forward_oot",
                 seam="traced",
@@ -63,6 +117,23 @@ BANDS = (
                     f"{ASCEND}:_record_cos_sin_cache",
                     f"{ASCEND}:update_cos_sin",
                     f"{ASCEND}:get_cos_and_sin_slice",
+                    f"{ASCEND}:AscendRotaryEmbedding.forward_oot",
+                ),
+            ),
+        ),
+    ),
+    Band(
+        "vllm_ascend",
+        "",
+        ("0.11.0", "v0.11.0-dev"),
+        (
+            MROPE,
+            Target(
+                symbol=f"{ASCEND}:_rope_forward_oot",
+                seam="traced",
+                replacement=f"{ASCEND_IMPL}:rope_forward_oot_0_11",
+                context=(
+                    f"{ASCEND}:_custom_rotary_embedding_enabled",
                     f"{ASCEND}:AscendRotaryEmbedding.forward_oot",
                 ),
             ),

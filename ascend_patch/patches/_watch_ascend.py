@@ -25,9 +25,11 @@ ROTARY = symbols(
             _triton_rope rope_forward_triton _triton_rope_siso rope_forward_triton_siso""",
         "vllm_ascend.ops.register_custom_ops": "<module> _rope_forward_oot_impl_fake",
         f"{FUSED_ROPE}.split_qkv_rmsnorm_rope": """
-            <module> split_qkv_rmsnorm_rope_impl split_qkv_rmsnorm_rope_impl_fake""",
+            <module> split_qkv_rmsnorm_rope_impl split_qkv_rmsnorm_rope_impl_fake
+            split_qkv_rmsnorm_rope_kernel""",
         f"{FUSED_ROPE}.split_qkv_rmsnorm_mrope": """
-            <module> triton_split_qkv_rmsnorm_mrope triton_split_qkv_rmsnorm_mrope_fake""",
+            <module> triton_split_qkv_rmsnorm_mrope triton_split_qkv_rmsnorm_mrope_fake
+            split_qkv_rmsnorm_mrope_kernel""",
         f"{FUSED_ROPE}.split_qkv_tp_rmsnorm_rope": """
             <module> split_qkv_tp_rmsnorm_rope_impl split_qkv_tp_rmsnorm_rope_impl_fake""",
         "vllm_ascend.compilation.passes.base_pattern": "BasePattern: __init__ register",

@@ -103,10 +103,9 @@ print(json.dumps([before, rotary(), found["kernels"], found["host"]]))
 """
     before, after, kernels, host = run(ascend, seed, code, patches="all")
     assert host == "vllm_ascend"
-    assert [(t["id"], t["state"]) for t in before["targets"]] == [
-        ("vllm::npu_rotary_embedding", "applied")
-    ]
-    assert after["targets"][0]["calls"] == 3
+    assert {t["state"] for t in before["targets"]} == {"applied"}
+    counts = {t["id"]: t["calls"] for t in after["targets"] if t["calls"]}
+    assert counts == {"vllm::npu_rotary_embedding": 3}
     assert kernels == {"ascend_patch::rotary_embedding": 1}
 
 
