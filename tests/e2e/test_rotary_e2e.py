@@ -23,6 +23,8 @@ POWER = 10
 
 # Either of them turns queries and keys, once in each layer of a text model.
 TEXT_KERNELS = ("ascend_patch::rotary_embedding", "ascend_patch::split_qkv_rmsnorm_rope")
+# On a CPU the fused form hands over to the layers that it is made of.
+PASSES_ON = "Attention.forward"
 VISION_KERNEL = "ascend_patch::apply_rotary"
 
 MODES = {
@@ -142,8 +144,9 @@ def test_the_status_tells_which_process_ran_the_kernel(lab: Lab, setup: Setup) -
     # Eager servers count at the target too; a compiled graph has the target's body inside it.
     if not setup.compiled:
         for process in processes:
-            targets = sum(t["calls"] for q in process["patches"] for t in q["targets"])
-            assert targets == sum(process["kernels"].values()), process
+            targets = [t for q in process["patches"] for t in q["targets"]]
+            calls = sum(t["calls"] for t in targets if not t["id"].endswith(PASSES_ON))
+            assert calls == sum(process["kernels"].values()), process
 
 
 def test_an_unpatched_server_agrees_with_itself(lab: Lab, measured: list[str]) -> None:
