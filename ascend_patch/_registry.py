@@ -12,8 +12,9 @@ Host = Literal["vllm", "vllm_ascend"]
 Seam = Literal["host", "traced", "operator"]
 HOSTS: tuple[Host, ...] = ("vllm", "vllm_ascend")
 SEAMS: tuple[Seam, ...] = ("host", "traced", "operator")
-# As a target's oracle: the host's own code, on a host seam too.
-ORIGINAL = "original"
+# As a target's oracle: the host's own code, ours without its kernels, or no comparison at all.
+ORIGINAL, REFERENCE, NOTHING = "original", "reference", "nothing"
+ORACLES = ("", ORIGINAL, REFERENCE, NOTHING)
 
 
 class RegistryError(ValueError):
@@ -58,10 +59,12 @@ class Target:
         assigned_by: The module that assigns the target last, where that is not its own module.
         operator: `namespace::name`, for an operator seam.
         dispatch_key: The key whose kernel is replaced, for an operator seam.
-        oracle: What ASCEND_PATCHES_VERIFY compares ours with: `module:function` of ours, a factory
-            that takes the original and returns what is right, where the original is wrong. Empty
-            is the original on traced and operator seams, and no comparison on a host seam, which
-            asks for one with `original`. Neither may draw random numbers.
+        oracle: What ASCEND_PATCHES_VERIFY compares ours with. `original`: the host's own code, the
+            default of traced and operator seams. `reference`: ours with the torch references in
+            its kernels' place, where the original is wrong. `module:function`: a factory of ours
+            that takes the original and returns what is right. `nothing`, the default of host
+            seams: for code that must not run twice, because it communicates with other ranks,
+            draws random numbers, or writes to what is no argument of it.
         limit: The largest error that VERIFY allows, in machine epsilons of the result's dtype at
             its row's largest element; 0 is the dtype's own (`_compare.LIMITS`).
     """
@@ -85,7 +88,7 @@ class Target:
             )
         if self.operator and not all(self.operator.partition("::")):
             raise RegistryError(f"{self.operator!r} names no operator; write it as namespace::name")
-        named = [self.oracle] if self.oracle not in ("", ORIGINAL) else []
+        named = [] if self.oracle in ORACLES else [self.oracle]
         for text in (self.symbol, self.replacement, *self.context, *named):
             Symbol.parse(text)
         if self.limit < 0:

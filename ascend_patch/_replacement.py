@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-from ascend_patch._registry import ORIGINAL, Symbol, Target
+from ascend_patch._registry import NOTHING, ORIGINAL, REFERENCE, Symbol, Target
 
 if TYPE_CHECKING:
     from ascend_patch._verifier import PatchVerifier
@@ -58,13 +58,15 @@ def around(
         def ours(*args: Any, **kwargs: Any) -> Any:
             return wrapper(wrapped, instance, args, kwargs)
 
-        if not (target.oracle and _compare.is_due(verifier, args, kwargs)):
+        oracle = oracle_of(wrapped, target, ours)
+        if verifier.stand_in:
+            return (oracle or wrapped)(*args, **kwargs)
+        if oracle is None or not _compare.is_due(verifier, args, kwargs):
             return ours(*args, **kwargs)
-        oracle = oracle_of(wrapped, target)
         return _compare.compare(verifier, target, wrapped, oracle, ours, args, kwargs)
 
     return wrapt.FunctionWrapper(
-        original, compared, enabled=lambda: switch.on and not verifier.runs_original()
+        original, compared, enabled=lambda: switch.on and verifier.stand_in != ORIGINAL
     )
 
 
@@ -114,7 +116,7 @@ def verified(
     from ascend_patch import _compare
 
     replacement = _of_same_parameters(original, load_replacement(target.replacement))
-    oracle = oracle_of(original, target)
+    oracle = oracle_of(original, target, replacement)
 
     def note_compiled() -> bool:
         verifier.compiled = True
@@ -130,10 +132,11 @@ def verified(
         if is_compiling():
             traced()
             return replacement(*args, **kwargs)
-        if verifier.runs_original():
-            return original(*args, **kwargs)
+        if verifier.stand_in:
+            use_oracle = oracle is not None and verifier.stand_in != ORIGINAL
+            return (oracle if use_oracle else original)(*args, **kwargs)  # type: ignore[misc]
         count()
-        if not _compare.is_due(verifier, args, kwargs):
+        if oracle is None or not _compare.is_due(verifier, args, kwargs):
             return replacement(*args, **kwargs)
         return _compare.compare(verifier, target, original, oracle, replacement, args, kwargs)
 
@@ -141,20 +144,37 @@ def verified(
     return call
 
 
-def oracle_of(original: Callable[..., Any], target: Target) -> Callable[..., Any]:
-    """What ours is compared with: the original, or what the target names in its place.
+def oracle_of(
+    original: Callable[..., Any], target: Target, ours: Callable[..., Any]
+) -> Callable[..., Any] | None:
+    """What ours is compared with; None where it is not compared.
 
     Raises:
         SeamError: It takes other parameters than the original.
     """
-    if target.oracle in ("", ORIGINAL):
+    kind = target.oracle or (NOTHING if target.seam == "host" else ORIGINAL)
+    if kind == NOTHING:
+        return None
+    if kind == ORIGINAL:
         return original
-    factory = load_replacement(target.oracle)
-    if target.seam == "host":
-        found: Callable[..., Any] = factory(original)
-        return found
-    assert isinstance(original, FunctionType)
-    return _of_same_parameters(original, factory)
+    if kind == REFERENCE:
+        return without_kernels(ours)
+    factory = load_replacement(kind)
+    if isinstance(original, FunctionType):
+        return _of_same_parameters(original, factory)
+    found: Callable[..., Any] = factory(original)
+    return found
+
+
+def without_kernels(ours: Callable[..., Any]) -> Callable[..., Any]:
+    """Ours, with the torch reference of every kernel that it calls."""
+    from ascend_patch.kernels import dispatch
+
+    def reference(*args: Any, **kwargs: Any) -> Any:
+        with dispatch.only("reference"):
+            return ours(*args, **kwargs)
+
+    return reference
 
 
 def _of_same_parameters(

@@ -55,7 +55,7 @@ class PatchVerifier:
         self._where = ""
         self._notes: list[str] = []
         self._lock = threading.Lock()
-        self._as_it_was = threading.local()
+        self._thread = threading.local()
         self._count = verification.state.counters.counter(f"verify/{patch}")
 
     def due(self) -> bool:
@@ -69,18 +69,23 @@ class PatchVerifier:
             return True
 
     @contextlib.contextmanager
-    def as_it_was(self) -> Iterator[None]:
-        """In this thread, every target of the patch that is compared is the host's own."""
-        before = self.runs_original()
-        self._as_it_was.on = True
+    def instead(self, stand_in: str) -> Iterator[None]:
+        """In this thread, every target of the patch is its oracle, or with `original` the host's.
+
+        For what a target calls: its oracle must not have ours in it.
+        """
+        before = self.stand_in
+        self._thread.stand_in = stand_in
         try:
             yield
         finally:
-            self._as_it_was.on = before
+            self._thread.stand_in = before
 
-    def runs_original(self) -> bool:
-        """Whether this thread is inside `as_it_was`."""
-        return getattr(self._as_it_was, "on", False)
+    @property
+    def stand_in(self) -> str:
+        """What this thread runs in the place of ours: empty, `oracle` or `original`."""
+        found: str = getattr(self._thread, "stand_in", "")
+        return found
 
     def compared(self, target: str, finding: Finding) -> None:
         """Take note of a comparison; one that found a difference switches the patch off.
@@ -118,12 +123,8 @@ class PatchVerifier:
         """What the status file holds of this patch."""
         notes = list(self._notes)
         if steps and not self._compared and not self._notes:
-            # A server that is eager anyway has called none of the targets.
-            notes.append(
-                f"no target was called in {steps} step{'s' * (steps > 1)}"
-                if eager and not self.compiled
-                else NEEDS_EAGER
-            )
+            called = f"no target that can be compared was called in {steps} step{'s' * (steps > 1)}"
+            notes.append(NEEDS_EAGER if eager is False or self.compiled else called)
         worst = self._worst
         return {
             "calls": self.calls,

@@ -7,9 +7,10 @@ asked. Nothing here imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,28 @@ _logged: set[tuple[str, str, str, str]] = set()
 _observer: Observer | None = None
 
 
+class _Restriction(threading.local):
+    """The only implementation that ``select`` may pick in this thread; empty is any."""
+
+    name = ""
+
+
+_restriction = _Restriction()
+
+
+@contextlib.contextmanager
+def only(name: str) -> Iterator[None]:
+    """In this thread, and for a while, no implementation but those called ``name``.
+
+    ``only("reference")`` runs code that calls kernels without a kernel of ours in it.
+    """
+    before, _restriction.name = _restriction.name, name
+    try:
+        yield
+    finally:
+        _restriction.name = before
+
+
 def register(operator: str, device: str, implementation: Implementation) -> None:
     """Offer ``implementation`` for ``operator`` on ``device`` (a torch device type or ANY_DEVICE).
 
@@ -87,7 +110,10 @@ def select(operator: str, device: str, *args: Any, **kwargs: Any) -> Choice:
     then says, for each candidate, why not.
     """
     reasons: list[str] = []
+    only_name = _restriction.name
     for implementation in candidates(operator, device):
+        if only_name and implementation.name != only_name:
+            continue
         ok, reason = implementation.supports(*args, **kwargs)
         if ok:
             return Choice(implementation, "; ".join(reasons))

@@ -9,11 +9,13 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from ascend_patch.kernels import dispatch
 
 # Where suites are declared: modules with a tuple ``SUITES``.
 MODULES = ("ascend_patch.kernels.rope.selftest",)
@@ -63,6 +65,16 @@ class Expected:
     weight: Tensor
 
 
+class Trial(Protocol):
+    """One call of an operator, with its inputs."""
+
+    def served(self) -> dispatch.Implementation | None:
+        """The implementation that takes the call."""
+
+    def judged(self) -> Verdict:
+        """Run it: how right is the result?"""
+
+
 @dataclass(frozen=True)
 class Suite:
     """The cases of one operator.
@@ -71,17 +83,15 @@ class Suite:
         operator: As ``dispatch`` knows it.
         patch: The patch that it serves.
         cases: All of them, or (False) those for a quick look; each prints as its name.
-        run: (case, seed, device) -> how right the result is.
-        served: (case, seed, device) -> the name of the implementation that takes the call.
-        prepare: (device) -> makes implementations available that are not so by default.
+        trial: (case, seed, device) -> the call, the same for the same seed.
+        offer: (device) -> makes implementations available that wait for a self-test.
     """
 
     operator: str
     patch: str
     cases: Callable[[bool], Sequence[Any]]
-    run: Callable[[Any, int, str], Verdict]
-    served: Callable[[Any, int, str], str]
-    prepare: Callable[[str], None] = field(default=lambda device: None)
+    trial: Callable[[Any, int, str], Trial]
+    offer: Callable[[str], None]
 
 
 def suites() -> list[Suite]:

@@ -60,7 +60,8 @@ def rotated(x: Tensor, phase: Tensor, head_size: int, is_neox_style: bool) -> Ex
     """``x`` [T, H*D] or [T, H, D], of any dtype and device, turned by ``phase``."""
     half = phase.shape[1]
     heads = _heads(x, head_size)
-    a = torch.arange(half) if is_neox_style else 2 * torch.arange(half)
+    pair = torch.arange(half, device="cpu")
+    a = pair if is_neox_style else 2 * pair
     b = a + half if is_neox_style else a + 1
     turned = torch.complex(heads[..., a], heads[..., b]) * phase.unsqueeze(1)
     value, weight = heads.clone(), torch.zeros_like(heads)
@@ -140,25 +141,51 @@ def _rotary_cases(everything: bool) -> list[cases.RopeCase]:
     return grid + cases.large_cases() if everything else grid[::QUICK]
 
 
-def _served(case: cases.RopeCase, seed: int, device: str) -> str:
-    found = _call(case, seed, device).served()
-    return found.name if found is not None else "none"
-
-
 def _fused_cases(everything: bool) -> list[fused_cases.FusedCase]:
     found = fused_cases.fused_cases()
     return found if everything else found[::QUICK]
 
 
-def _run_fused(case: fused_cases.FusedCase, seed: int, device: str) -> Verdict:
-    call, biases = fused_cases.make_fused_inputs(case, seed, device)
-    results = rope.split_qkv_rmsnorm_rope(*call, **biases, **case.options)  # type: ignore[misc]
-    verdict = Verdict()
-    names = ("query", "key", "value", "gate")
-    expected = fused_expected(call, biases, case.options)
-    for name, got, want in zip(names[: len(expected)], results, expected, strict=True):
-        verdict = verdict.and_also(judge(got, want, name))
-    return verdict
+@dataclass(frozen=True)
+class FusedCall:
+    """One call of split_qkv_rmsnorm_rope.
+
+    Attributes:
+        tensors: qkv, positions, cos_sin_cache, q_weight, k_weight.
+        biases: q_bias and k_bias, or nothing.
+        options: The keyword arguments, but for the biases.
+    """
+
+    tensors: tuple[Tensor, ...]
+    biases: dict[str, Tensor]
+    options: dict[str, Any]
+
+    def served(self) -> dispatch.Implementation | None:
+        """The implementation that takes this call."""
+        qkv, options = self.tensors[0], self.options
+        heads = (options["num_q_heads"], options["num_kv_heads"], options["num_kv_heads"])
+        outs = [qkv.new_empty(qkv.shape[0], n * options["head_size"]) for n in heads]
+        gate = torch.empty_like(outs[0]) if options["has_gate"] else None
+        rest = [self.biases.get(name) for name in ("q_bias", "k_bias")]
+        rest += [options[name] for name in _FUSED_OPTIONS]
+        found = dispatch.select(FUSED, qkv.device.type, *outs, gate, *self.tensors, *rest)
+        return found.implementation
+
+    def judged(self) -> Verdict:
+        """Run it and hold each result to the oracle."""
+        results = rope.split_qkv_rmsnorm_rope(  # type: ignore[misc]
+            *self.tensors, **self.biases, **self.options
+        )
+        verdict = Verdict()
+        expected = fused_expected(self.tensors, self.biases, self.options)
+        names = ("query", "key", "value", "gate")[: len(expected)]
+        for name, got, want in zip(names, results, expected, strict=True):
+            verdict = verdict.and_also(judge(got, want, name))
+        return verdict
+
+
+def _fused_call(case: fused_cases.FusedCase, seed: int, device: str) -> FusedCall:
+    return FusedCall(*fused_cases.make_fused_inputs(case, seed, device), case.options)
 
 
 def fused_expected(
@@ -177,7 +204,8 @@ def fused_expected(
         scale = weight.to("cpu", torch.float64) + options["weight_offset"]
         norm = torch.sqrt(x.square().mean(dim=-1, keepdim=True) + options["eps"])
         x = x / norm * scale
-        bias = biases[name].to("cpu", torch.float64) if name in biases else torch.zeros(size)
+        bias = torch.zeros(size, dtype=torch.float64, device="cpu")
+        bias = biases[name].to("cpu", torch.float64) if name in biases else bias
         value = rotated((x + bias).flatten(1), phase, size, options["is_neox_style"]).value
         # The norm comes before the rotation: 4 epsilons become 12, of what is added up.
         raw = (x.abs() + bias.abs()).flatten(1)
@@ -200,37 +228,15 @@ _FUSED_OPTIONS = (
 )
 
 
-def _fused_served(case: fused_cases.FusedCase, seed: int, device: str) -> str:
-    call, biases = fused_cases.make_fused_inputs(case, seed, device)
-    options = case.options
-    heads = (options["num_q_heads"], options["num_kv_heads"], options["num_kv_heads"])
-    outs = [call[0].new_empty(call[0].shape[0], n * options["head_size"]) for n in heads]
-    gate = torch.empty_like(outs[0]) if options["has_gate"] else None
-    rest = [biases.get("q_bias"), biases.get("k_bias"), *(options[name] for name in _FUSED_OPTIONS)]
-    found = dispatch.select(FUSED, call[0].device.type, *outs, gate, *call, *rest)
-    return found.implementation.name if found.implementation is not None else "none"
-
-
-def _offer_rotary(device: str) -> None:
+def offer(device: str) -> None:
+    """Make available what waits for a self-test: on an NPU, the Triton kernels."""
     if device == "npu":
         triton_call.register_on_npu(ROTARY)
-
-
-def _offer_fused(device: str) -> None:
-    if device == "npu":
-        triton_call.register_on_npu(
-            FUSED, fused_call.split_qkv_rmsnorm_rope_into, fused_call.supports
-        )
+        fused = fused_call.split_qkv_rmsnorm_rope_into, fused_call.supports
+        triton_call.register_on_npu(FUSED, *fused)
 
 
 SUITES = (
-    Suite(
-        ROTARY,
-        "rotary",
-        _rotary_cases,
-        lambda case, seed, device: _call(case, seed, device).judged(),
-        _served,
-        _offer_rotary,
-    ),
-    Suite(FUSED, "rotary", _fused_cases, _run_fused, _fused_served, _offer_fused),
+    Suite(ROTARY, "rotary", _rotary_cases, _call, offer),
+    Suite(FUSED, "rotary", _fused_cases, _fused_call, offer),
 )
