@@ -1,5 +1,8 @@
 """Judge the Triton kernel under Triton's interpreter, on CPU; run by test_rope_interpreter.py.
 
+    python tests/kernels/rope_interpreted.py VARIANT         # the spread of cases.py
+    python tests/kernels/rope_interpreted.py product SEED    # every pair of factors, any variant
+
 TRITON_INTERPRET=1 has to be set before triton is imported, so this is a process of its own. Prints
 a JSON object: the id of each case, and what was wrong with it or "".
 """
@@ -13,6 +16,7 @@ from dataclasses import replace
 
 import angles_judge
 import fused_judge
+import product
 from rope_judge import run_and_judge
 
 from ascend_patch.kernels import dispatch
@@ -51,68 +55,94 @@ def interpreted_angles_cases() -> list[angles_cases.AnglesCase]:
     return [replace(c, places=min(c.places, 3), heads=min(c.heads, 12)) for c in spread]
 
 
+_GRID = tiles.grid
+_PLANS = {module: module.plan_of for module in (triton_call, fused_call, angles_call)}
+
+
 def force(variant: str) -> None:
     """Have the launch take this variant's tiles, whatever the number of tokens."""
     tokens = {"split": 1, "token": 1000, "loops": 1000}
-    plan_of = triton_call.plan_of
 
-    def forced(_tokens, *call):
-        if variant != "ascend":
-            return replace(plan_of(tokens[variant], *call), loops=variant == "loops")
+    def plan(module, ascend_tiles):
+        def forced(_tokens, *call):
+            if variant == "ascend":
+                return ascend_tiles(*call)
+            return replace(_PLANS[module](tokens[variant], *call), loops=variant == "loops")
+
+        module.plan_of = forced
+
+    def rotary(*call):
         heads = (call[3].shape[1] // call[6], 0 if call[4] is None else call[4].shape[1] // call[6])
-        rotary_dim, itemsize = call[5].shape[1], call[3].element_size()
-        return tiles.ascend_tiles(*heads, call[6], rotary_dim, itemsize, call[7])
+        sizes = (*heads, call[6], call[5].shape[1], call[3].element_size())
+        return tiles.ascend_tiles(*sizes, call[7])
 
-    fused_plan_of = fused_call.plan_of
-
-    def fused_forced(_tokens, *call):
-        if variant != "ascend":
-            return replace(fused_plan_of(tokens[variant], *call), loops=variant == "loops")
+    def fused(*call):
         rotary_dim, itemsize = call[6].shape[1], call[4].element_size()
         return tiles.fused_ascend_tiles(*call[11:14], rotary_dim, itemsize, call[15])
 
-    angles_plan_of = angles_call.plan_of
+    def angles(_out, x, cos, _sin, style):
+        sizes = (x.shape[-2], 0, x.shape[-1], 2 * cos.shape[-1], x.itemsize)
+        return tiles.ascend_tiles(*sizes, style)
 
-    def angles_forced(_tokens, *call):
-        if variant != "ascend":
-            return replace(angles_plan_of(tokens[variant], *call), loops=variant == "loops")
-        _, x, cos, _, style = call
-        rotary_dim = 2 * cos.shape[-1]
-        return tiles.ascend_tiles(x.shape[-2], 0, x.shape[-1], rotary_dim, x.itemsize, style)
-
-    triton_call.plan_of, fused_call.plan_of = forced, fused_forced
-    angles_call.plan_of = angles_forced
+    plan(triton_call, rotary)
+    plan(fused_call, fused)
+    plan(angles_call, angles)
+    tiles.grid = _GRID
     if variant in ("loops", "ascend"):
         # Two programs for three tokens: one of them takes two.
-        grid = tiles.grid
-        tiles.grid = lambda plan, tokens, q, k, _cores: grid(plan, tokens, q, k, 2)
+        tiles.grid = lambda plan, tokens, q, k, _cores: _GRID(plan, tokens, q, k, 2)
 
 
-def main() -> None:
-    force(sys.argv[1])
-    call = triton_call.rotary_embedding_into
-    kernel = dispatch.Implementation("triton", call, triton_call.supports, 10)
-    dispatch.register("rotary_embedding", "cpu", kernel)
-    offset = VARIANTS.index(sys.argv[1])
-    call = fused_call.split_qkv_rmsnorm_rope_into
-    fused = dispatch.Implementation("triton", call, fused_call.supports, 10)
-    dispatch.register("split_qkv_rmsnorm_rope", "cpu", fused)
-    angles = dispatch.Implementation(
-        "triton", angles_call.apply_rotary_into, angles_call.supports, 10
-    )
-    dispatch.register("apply_rotary", "cpu", angles)
-    found = {}
+def spread_of(variant: str) -> list[tuple]:
+    """(id, variant, judge, case, seed) of what one variant is tested with."""
     calls = [(case, run_and_judge) for case in interpreted_cases()]
     calls += [(case, fused_judge.run_and_judge) for case in interpreted_fused_cases()]
     calls += [(case, angles_judge.run_and_judge) for case in interpreted_angles_cases()]
-    for case, judge in calls[offset :: len(VARIANTS)]:
+    mine = calls[VARIANTS.index(variant) :: len(VARIANTS)]
+    return [(str(case), variant, judge, case, SEED) for case, judge in mine]
+
+
+def product_of(seed: int) -> list[tuple]:
+    """The same for covering samples; a thousand tokens and more are left to compiled kernels."""
+    found = []
+    for factors, make, judge in (
+        (product.ROTARY, product.rotary_case, run_and_judge),
+        (product.FUSED, product.fused_case, fused_judge.run_and_judge),
+        (product.ANGLES, product.angles_case, angles_judge.run_and_judge),
+    ):
+        few = {**factors, "variant": VARIANTS}
+        for name in ("tokens", "places"):
+            if name in few:
+                few[name] = (0, 1, 7, 33)
+        if "counts" in few:
+            few["counts"] = ((1, 1), (12, 1), (6, 2), (64, 4), (16, 16))
+        for n, case in enumerate(product.covering(few, seed)):
+            title = f"{n} {case['variant']} {make(case)}"
+            found.append((title, case["variant"], judge, make(case), seed + n))
+    return found
+
+
+def main(mode: str, seed: str = "0") -> None:
+    for operator, module in (
+        ("rotary_embedding", triton_call),
+        ("split_qkv_rmsnorm_rope", fused_call),
+        ("apply_rotary", angles_call),
+    ):
+        run = getattr(module, f"{operator}_into")
+        kernel = dispatch.Implementation("triton", run, module.supports, 10)
+        dispatch.register(operator, "cpu", kernel)
+    found = {}
+    for title, variant, judge, case, case_seed in (
+        product_of(int(seed)) if mode == "product" else spread_of(mode)
+    ):
+        force(variant)
         try:
-            judge(case, SEED)
-            found[str(case)] = ""
+            judge(case, case_seed)
+            found[title] = ""
         except Exception:
-            found[str(case)] = traceback.format_exc(limit=-3)
+            found[title] = traceback.format_exc(limit=-3)
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -21,15 +21,26 @@ if importlib.util.find_spec("triton") is None:
 HERE = Path(__file__).resolve().parent
 
 
-@pytest.mark.parametrize("variant", ["split", "token", "loops", "ascend"])
-def test_the_interpreted_kernel_matches_the_oracle(variant):
+def wrong_cases(*arguments: str) -> tuple[dict, int]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     path = [str(HERE), str(HERE.parents[1]), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path)
-    script = [sys.executable, str(HERE / "rope_interpreted.py"), variant]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
+    script = [sys.executable, str(HERE / "rope_interpreted.py"), *arguments]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    wrong = {case: error for case, error in found.items() if error}
+    return {case: error for case, error in found.items() if error}, len(found)
+
+
+@pytest.mark.parametrize("variant", ["split", "token", "loops", "ascend"])
+def test_the_interpreted_kernel_matches_the_oracle(variant):
+    wrong, count = wrong_cases(variant)
     assert not wrong, "\n".join(f"{case}: {error}" for case, error in wrong.items())
-    assert len(found) >= 10
+    assert count >= 10
+
+
+def test_every_pair_of_factors_matches_the_oracle(seed):
+    """Style, dtypes, sizes, counts, tokens, strides, positions, sections, and the variant."""
+    wrong, count = wrong_cases("product", str(seed))
+    assert not wrong, "\n".join(f"{case}: {error}" for case, error in wrong.items())
+    assert count >= 200
