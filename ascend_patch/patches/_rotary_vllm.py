@@ -6,7 +6,7 @@ a source whose rotary classes are recognised and whose Qwen3 or RMSNorm is anoth
 
 from __future__ import annotations
 
-from ascend_patch._registry import Band, Target
+from ascend_patch._registry import NOTHING, REFERENCE, Band, Target
 
 LAYERS = "vllm.model_executor.layers"
 MODELS = "vllm.model_executor.models"
@@ -41,8 +41,8 @@ NORM = (
 )
 
 
-def _traced(symbol: str, replacement: str, *context: str) -> Target:
-    return Target(symbol=symbol, seam="traced", replacement=f"{IMPL}{replacement}", context=context)
+def _traced(symbol: str, replacement: str, *context: str, oracle: str = "") -> Target:
+    return Target(symbol, "traced", f"{IMPL}{replacement}", context, oracle=oracle)
 
 
 def _native(replacement: str, layer: tuple[str, ...] = LAYER) -> tuple[Target, ...]:
@@ -56,7 +56,10 @@ def _native(replacement: str, layer: tuple[str, ...] = LAYER) -> tuple[Target, .
 CPU = _traced(f"{BASE}:RotaryEmbedding.forward_cpu", ":forward_cpu", *LAYER)
 # The Triton kernel of these releases has no GPT-J pairs.
 ADJACENT = _traced(
-    f"{MROPE}:MRotaryEmbedding.forward_cuda", "_sections:forward_cuda", f"{MROPE}:triton_mrope"
+    f"{MROPE}:MRotaryEmbedding.forward_cuda",
+    "_sections:forward_cuda",
+    f"{MROPE}:triton_mrope",
+    oracle=REFERENCE,
 )
 ANGLES = _traced(
     f"{COMMON}:ApplyRotaryEmb.forward_native",
@@ -83,8 +86,15 @@ VISION_0_12 = _traced(
     f"{COMMON}:apply_rotary_emb_torch",
     f"{COMMON}:dispatch_rotary_emb_function",
 )
+# Attention writes to its KV cache, and the projection behind it adds up over ranks.
 FUSED = tuple(
-    _traced(f"{MODELS}.{name}.forward", "_fused:forward", f"{MODELS}.{name}.__init__", *NORM)
+    _traced(
+        f"{MODELS}.{name}.forward",
+        "_fused:forward",
+        f"{MODELS}.{name}.__init__",
+        *NORM,
+        oracle=NOTHING,
+    )
     for name in ("qwen3:Qwen3Attention", "qwen3_moe:Qwen3MoeAttention")
 )
 
