@@ -99,6 +99,9 @@ def spread_of(variant: str) -> list[tuple]:
     calls += [(case, fused_judge.run_and_judge) for case in interpreted_fused_cases()]
     calls += [(case, angles_judge.run_and_judge) for case in interpreted_angles_cases()]
     mine = calls[VARIANTS.index(variant) :: len(VARIANTS)]
+    # More than 256 tokens with 64 and 4 heads: where a racy read of positions was once seen.
+    crowd = cases.RopeCase(257, 64, 4, 64, 64, max_position=4096)
+    mine.append((fused_cases.FusedCase(crowd), fused_judge.run_and_judge))
     return [(str(case), variant, judge, case, SEED) for case, judge in mine]
 
 

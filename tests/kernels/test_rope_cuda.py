@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -141,3 +145,16 @@ def test_every_number_of_tokens_and_many_runs_agree(tokens, seed):
         again = rope.rotary_embedding(*call, **case.options)
         assert torch.equal(first[0], again[0])
         assert torch.equal(first[1], again[1])
+
+
+@pytest.mark.slow
+def test_the_full_product_of_factors(seed):
+    """Style, dtypes, sizes, counts, tokens, strides, positions, sections: rope_product_cuda.py."""
+    here = Path(__file__).resolve().parent
+    path = os.pathsep.join((str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")))
+    script = [sys.executable, str(here / "rope_product_cuda.py"), "--seed", str(seed)]
+    done = subprocess.run(
+        script, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=580
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -7,9 +7,6 @@ token becomes does not depend on the others.
 
 from __future__ import annotations
 
-import random
-from dataclasses import replace
-
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -19,43 +16,12 @@ import fused_judge  # noqa: E402
 import product  # noqa: E402
 import rope_oracle as oracle  # noqa: E402
 import rope_oracle_torch as oracle_torch  # noqa: E402
+import sampled_judge  # noqa: E402
 from rope_judge import run_and_judge  # noqa: E402
 
-from ascend_patch.kernels import rope  # noqa: E402
-from ascend_patch.kernels.rope import cases, fused_cases  # noqa: E402
+from ascend_patch.kernels.rope import cases  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poison")
-LONG = 512
-
-
-def some_tokens(tokens: int, seed: int) -> torch.Tensor:
-    """The first, the last and fifty between."""
-    drawn = random.Random(seed).sample(range(tokens), 50)
-    return torch.tensor(sorted({0, tokens - 1, *drawn}))
-
-
-def long_rotary(case: cases.RopeCase, seed: int) -> None:
-    call = positions, query, key, cache = cases.make_inputs(case, seed)
-    got = rope.rotary_embedding(*call, **case.options)
-    part = some_tokens(case.tokens, seed)
-    phase = oracle_torch.phases(
-        positions[..., part], cache, case.mrope_section, case.mrope_interleaved
-    )
-    for result, x in zip(got, (query, key), strict=True):
-        assert result.isfinite().all()
-        few = (result[part], x[part], phase, case.head_size, case.is_neox_style)
-        oracle_torch.judge(*few)
-
-
-def long_fused(case: fused_cases.FusedCase, seed: int) -> None:
-    call, biases = fused_cases.make_fused_inputs(case, seed)
-    got = rope.split_qkv_rmsnorm_rope(*call, **biases, **case.options)
-    part = some_tokens(case.rope.tokens, seed)
-    few = (call[0][part], call[1][..., part], *call[2:])
-    shorter = replace(case, rope=replace(case.rope, tokens=len(part)))
-    for result, want in zip(got, fused_judge.expected(shorter, few, biases), strict=True):
-        assert result.isfinite().all()
-        oracle.assert_close(result[part], want)
 
 
 @pytest.mark.parametrize("name", ["ROTARY", "FUSED", "ANGLES"])
@@ -70,14 +36,15 @@ def test_the_samples_meet_every_pair(name, seed):
 def test_rotary_embedding(seed):
     for n, factors in enumerate(product.covering(product.ROTARY, seed)):
         case = product.rotary_case(factors)
-        (long_rotary if case.tokens > LONG else run_and_judge)(case, seed + n)
+        long = case.tokens > sampled_judge.LONG
+        (sampled_judge.rotary if long else run_and_judge)(case, seed + n)
 
 
 def test_split_qkv_rmsnorm_rope(seed):
     for n, factors in enumerate(product.covering(product.FUSED, seed)):
         case = product.fused_case(factors)
-        judge = long_fused if case.rope.tokens > LONG else fused_judge.run_and_judge
-        judge(case, seed + n)
+        long = case.rope.tokens > sampled_judge.LONG
+        (sampled_judge.fused if long else fused_judge.run_and_judge)(case, seed + n)
 
 
 def test_apply_rotary(seed):
