@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ascend_patch import _bootstrap
 from ascend_patch._finder import Finder, Watch
 from ascend_patch._plan import Decision
-from ascend_patch._registry import Target
+from ascend_patch._registry import NOTHING, ORIGINAL, REFERENCE, Target
 from ascend_patch._seams import Installation, make
 from ascend_patch._state import PatchState, ProcessState, TargetState
 
@@ -117,16 +117,21 @@ class Applier:
         self._state.write()
 
     @contextlib.contextmanager
-    def paused(self, name: str) -> Iterator[None]:
-        """The host's own code in a patch's place for a while, in every thread."""
-        switches = [i.switch for i in self._installed.get(name, {}).values() if i.switch.on]
-        for switch in switches:
-            switch.on = False
-        try:
+    def as_expected(self, name: str) -> Iterator[None]:
+        """What ours is held to, in its place for a while and in every thread.
+
+        The host's own code, or ours with the references of its kernels where the host is wrong.
+        """
+        with contextlib.ExitStack() as stack:
+            for installation in self._installed.get(name, {}).values():
+                if installation.target.oracle in ("", ORIGINAL, NOTHING) and installation.switch.on:
+                    installation.switch.on = False
+                    stack.callback(setattr, installation.switch, "on", True)
+                elif installation.target.oracle == REFERENCE:
+                    from ascend_patch.kernels import dispatch
+
+                    stack.enter_context(dispatch.only("reference"))
             yield
-        finally:
-            for switch in switches:
-                switch.on = True
 
     def apply_again(self, name: str, imported: Mapping[str, ModuleType]) -> None:
         """Apply a reverted patch again to the modules that are imported."""

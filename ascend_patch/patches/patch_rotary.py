@@ -17,6 +17,7 @@ PATCH = Patch(
     remove_when="the release's own rotary operator passes `ascend-patch verify` on your models",
     bands=_rotary_vllm.BANDS + _rotary_ascend.BANDS,
     watch={"vllm": _watch.ROTARY, "vllm_ascend": _watch_ascend.ROTARY},
+    self_test="ascend_patch.impl.rotary_selftest:cases",
     untouched=(
         "vllm, classes with arithmetic of their own: Deepseek, Llama 4 vision, dual chunk, Phi-3 "
         "LongRoPE, Fourier, XDRope, Ernie 4.5 VL, Bailing; some of them rotate through "
