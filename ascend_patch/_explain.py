@@ -73,9 +73,19 @@ def catalogue() -> list[dict[str, Any]]:
 
 
 def applies_to(patch: Patch) -> str:
-    """The hosts and releases of a patch, for tables."""
-    # A labelled band is for the releases of an earlier one.
-    found = [f"{b.name}{' (retired)' if b.retired else ''}" for b in patch.bands if not b.label]
+    """The hosts and releases of a patch, for tables; ranges that meet are one."""
+    found: list[str] = []
+    for band in patch.bands:
+        # A labelled band is for the releases of an earlier one.
+        if band.label:
+            continue
+        name = f"{band.name}{' (retired)' if band.retired else ''}"
+        start, _, end = name.partition(",<")
+        before, _, until = found[-1].partition(",<") if found else ("", "", "")
+        if until and end and start == f"{band.host} >={until}":
+            found[-1] = f"{before},<{end}"
+        else:
+            found.append(name)
     return "; ".join(found) if found else "recorded only"
 
 
