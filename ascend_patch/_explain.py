@@ -82,7 +82,8 @@ def applies_to(patch: Patch) -> str:
         name = f"{band.name}{' (retired)' if band.retired else ''}"
         start, _, end = name.partition(",<")
         before, _, until = found[-1].partition(",<") if found else ("", "", "")
-        if until and end and start == f"{band.host} >={until}":
+        # "1.0 (retired)" is no end that another range begins with.
+        if until and not band.retired and start == f"{band.host} >={until}":
             found[-1] = f"{before},<{end}"
         else:
             found.append(name)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
-from ascend_patch import _fingerprint, _plan, _registry
+from ascend_patch import _explain, _fingerprint, _plan, _registry
 from ascend_patch._registry import Band, Symbol
 from ascend_patch._versions import Installed
 
@@ -100,6 +100,24 @@ def test_a_foreign_rotary_class_is_left_alone(release: Path, tmp_path: Path) -> 
     decision = decide(drifted(release, full, BASE, tmp_path), name)
     assert decision.state == "skipped"
     assert "__init__: its body differs" in decision.reason
+
+
+def test_explain_names_what_applies_and_what_does_not(
+    release: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = str(version(release))
+    monkeypatch.setattr(
+        _explain._versions, "find", lambda: Installed({"vllm": name}, {"vllm": release}, "vllm")
+    )
+    decision = decide(release, name)
+    assert decision.band is not None
+    lines = _explain.explain_text("rotary").splitlines()
+    listed = [line.split()[:2] for line in lines if line.endswith(" seam)")]
+    assert listed == [["armed", target.id] for target in decision.band.targets]
+    assert sum("without the fused form: skipped" in line for line in lines) == 6
+    left = lines[lines.index("  left as it is:") + 1 :]
+    for kept in ("Deepseek", "forward_cuda", "vision towers", "VLLM_BATCH_INVARIANT"):
+        assert any(kept in line for line in left), kept
 
 
 def test_a_release_beyond_is_left_alone(tmp_path: Path) -> None:
