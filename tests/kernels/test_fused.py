@@ -8,6 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
+import graphs  # noqa: E402
 from fused_judge import expected, run_and_judge  # noqa: E402
 from rope_oracle import assert_close  # noqa: E402
 
@@ -64,6 +65,38 @@ def test_compiles_without_a_break(seed):
 
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*call), model(*call))
+
+
+@pytest.mark.parametrize("has_gate", [False, True])
+def test_one_node_and_no_clone_of_qkv_in_the_functional_graph(has_gate, seed):
+    """From the product of a linear layer to the rotated heads."""
+    case = replace(CASE, has_gate=has_gate)
+    (qkv, positions, cache, *weights), _ = fused_cases.make_fused_inputs(case, seed)
+
+    def attention(hidden, projection, positions, cache, *weights):
+        qkv = hidden @ projection
+        q, *rest = rope.split_qkv_rmsnorm_rope(qkv, positions, cache, *weights, **case.options)
+        return q * 2, *rest
+
+    inputs = (qkv, torch.eye(qkv.shape[1]).bfloat16(), positions, cache, *weights)
+    graph, clones = graphs.functionalised(attention, inputs)
+    assert graphs.targets(graph).count("ascend_patch.split_qkv_rmsnorm_rope.default") == 1
+    assert graphs.copies(graph) == []
+    assert clones == 0
+
+
+def test_the_in_place_form_of_the_same_model_clones(seed):
+    """The control: normalise, then rotate slices of qkv in place, as models without us do."""
+    (qkv, positions, cache, *_), _ = fused_cases.make_fused_inputs(CASE, seed)
+
+    def attention(hidden, projection, positions, cache):
+        q, k, v = (hidden @ projection).split([256, 128, 128], dim=-1)
+        rope.rotary_embedding_(positions, q, k, cache, head_size=64, is_neox_style=True)
+        return q * 2, k, v
+
+    inputs = (qkv, torch.eye(qkv.shape[1]).bfloat16(), positions, cache)
+    _, clones = graphs.functionalised(attention, inputs)
+    assert clones >= 1
 
 
 def test_opcheck(seed):

@@ -101,14 +101,15 @@ def test_bytes_are_as_the_table_has_them(part):
 
 
 def test_hardly_a_byte_is_moved_twice():
-    """One launch each. MRoPE reads three rows of angles for one; a program reads its weights."""
+    """One launch each. MRoPE reads three rows of angles for one; each program reads its weights."""
     for name, row in committed().items():
         assert int(row["launches"]) <= 1
         assert int(row["programs"]) <= 40
         moved, least = int(row["read"]) + int(row["written"]), int(row["least"])
-        assert moved >= least * (row["operator"] != "apply_rotary"), name
+        assert moved >= least, name
         if least:
-            assert moved < 1.25 * least, name
+            few = row["operator"] == "split_qkv_rmsnorm_rope" and int(row["programs"]) < 10
+            assert moved < (1.5 if few else 1.25) * least, name
 
 
 def test_lowered_kernels_execute_on_x86():
