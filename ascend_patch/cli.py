@@ -13,6 +13,7 @@ from typing import Any
 from ascend_patch import __version__
 
 COLUMNS = 100
+KERNEL_DEVICES = ("npu", "cuda", "cpu")
 COLOURS = {
     "applied": "32",
     "armed": "36",
@@ -60,11 +61,14 @@ def _parser() -> argparse.ArgumentParser:
         ("status", _status, "each patch in each process of the running server"),
         ("explain", _explain, "why a patch would apply here or not, target by target"),
         ("doctor", _doctor, "is anything wrong with this installation? exit status 1 if so"),
-        ("verify", _verify, "not there yet: compare the kernels with their oracle on this device"),
+        ("verify", _verify, "are the kernels right on this device? a report for a bug"),
     ):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("--json", action="store_true", help="print JSON")
         command.set_defaults(command=function)
+        if name == "verify":
+            _add_verify(command)
+            continue
+        command.add_argument("--json", action="store_true", help="print JSON")
         if name == "explain":
             command.add_argument("patch", metavar="ID", help="for example: rotary")
         if name == "status":
@@ -146,12 +150,51 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return int(wrong)
 
 
-def _verify(arguments: argparse.Namespace) -> int:
-    return _complain(
-        "verify is not there yet; it comes with the self-test at load. In a checkout, "
-        "`scripts/test -- tests/kernels` compares the kernels with their oracle on this machine",
-        arguments.json,
+def _add_verify(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--json",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="FILE",
+        help="print JSON, or write it to FILE beside the report",
     )
+    command.add_argument("--device", choices=KERNEL_DEVICES, default="", help="the one there")
+    command.add_argument("--patch", default="", metavar="ID", help="only the kernels of a patch")
+    command.add_argument("--case", default="", metavar="NAME", help="only this one, among all")
+    command.add_argument("--seed", type=int, help="of the inputs; a fresh one by default")
+    size = command.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="the default: below a minute on a CPU")
+    size.add_argument("--all", action="store_true", help="every case; minutes on a CPU")
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from ascend_patch import _verify_cli
+
+    file = arguments.json if isinstance(arguments.json, str) else ""
+    only_json = arguments.json is True
+    try:
+        results = _verify_cli.verify(
+            device=arguments.device,
+            patch=arguments.patch,
+            case=arguments.case,
+            everything=arguments.all,
+            seed=arguments.seed,
+        )
+        return _verify_cli.report(results, file, only_json=only_json)
+    except _verify_cli.VerifyUsageError as error:
+        _complain(str(error), only_json)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        return _complain(
+            "torch is not installed for this interpreter, so no kernel can run; use the one that "
+            f"vLLM runs in (this is {sys.executable})",
+            only_json,
+        )
+    except OSError as error:
+        return _complain(f"the report could not be written: {error}", only_json)
 
 
 def _run(arguments: argparse.Namespace) -> int:
