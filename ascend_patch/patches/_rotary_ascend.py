@@ -1,8 +1,11 @@
-"""patch_rotary in vllm-ascend's classes and operators: what runs on an NPU."""
+"""patch_rotary in vllm-ascend's classes and operators: what runs on an NPU.
+
+Each target is one that some release has wrong, so VERIFY holds ours to the kernels' references.
+"""
 
 from __future__ import annotations
 
-from ascend_patch._registry import Band, Target
+from ascend_patch._registry import NOTHING, REFERENCE, Band, Target
 
 ASCEND = "vllm_ascend.ops.rotary_embedding"
 ASCEND_TRITON = "vllm_ascend.ops.triton.rope"
@@ -19,6 +22,7 @@ def _operator(name: str) -> Target:
         operator=name,
         assigned_by=ASCEND_REGISTRATION,
         replacement=f"{ASCEND_IMPL}:rope_forward_oot",
+        oracle=REFERENCE,
         context=(
             f"{ASCEND_TRITON}:rope_forward_triton",
             f"{ASCEND_TRITON}:_triton_rope",
@@ -35,6 +39,7 @@ def _fused(replacement: str) -> Target:
         seam="operator",
         operator="vllm::qkv_rmsnorm_rope",
         replacement=f"{ASCEND_IMPL}_fused:{replacement}",
+        oracle=REFERENCE,
         context=(f"{module}:split_qkv_rmsnorm_rope_kernel", f"{module}:<module>"),
     )
 
@@ -47,17 +52,18 @@ def _fused_by_axis() -> Target:
         seam="operator",
         operator="vllm::triton_split_qkv_rmsnorm_mrope",
         replacement=f"{ASCEND_IMPL}_fused:split_qkv_rmsnorm_mrope",
+        oracle=REFERENCE,
         context=(f"{module}:split_qkv_rmsnorm_mrope_kernel", f"{module}:<module>"),
     )
 
 
-def _method(name: str, replacement: str, *context: str) -> Target:
+def _method(name: str, replacement: str, oracle: str = REFERENCE) -> Target:
     """A class's forward, which a compiled model traces."""
     return Target(
         symbol=f"{ASCEND}:{name}.forward_oot",
         seam="traced",
         replacement=f"{ASCEND_IMPL}_layers:{replacement}",
-        context=context,
+        oracle=oracle,
     )
 
 
@@ -71,8 +77,8 @@ def _built(name: str, replacement: str) -> Target:
 
 
 MROPE = _method("AscendMRotaryEmbedding", "mrope")
-# YaRN's class calls this one too.
-NO_KEY = _method("AscendRotaryEmbedding", "without_a_key")
+# YaRN's class calls this one too. It may gather from other ranks; the operator in it is compared.
+NO_KEY = _method("AscendRotaryEmbedding", "without_a_key", NOTHING)
 GIVEN_ANGLES = _method("AscendApplyRotaryEmb", "apply_rotary_emb")
 GIVEN_ANGLES_0_13 = _method("AscendApplyRotaryEmb", "apply_rotary_emb_0_13")
 LAYERS = (NO_KEY, MROPE, GIVEN_ANGLES)
@@ -113,6 +119,7 @@ BANDS = (
                 symbol=f"{ASCEND}:_rope_forward_oot",
                 seam="traced",
                 replacement=f"{ASCEND_IMPL}:rope_forward_oot_0_13",
+                oracle=REFERENCE,
                 context=(
                     f"{ASCEND}:_record_cos_sin_cache",
                     f"{ASCEND}:update_cos_sin",
@@ -132,6 +139,7 @@ BANDS = (
                 symbol=f"{ASCEND}:_rope_forward_oot",
                 seam="traced",
                 replacement=f"{ASCEND_IMPL}:rope_forward_oot_0_11",
+                oracle=REFERENCE,
                 context=(
                     f"{ASCEND}:_custom_rotary_embedding_enabled",
                     f"{ASCEND}:AscendRotaryEmbedding.forward_oot",
