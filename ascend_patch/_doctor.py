@@ -11,7 +11,17 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from ascend_patch import __version__, _doors, _plan, _registry, _rundir, _selection, _versions
+from ascend_patch import (
+    __version__,
+    _doors,
+    _plan,
+    _registry,
+    _rundir,
+    _selection,
+    _selftest,
+    _verify,
+    _versions,
+)
 from ascend_patch._doors import Finding
 from ascend_patch._versions import Installed
 
@@ -90,6 +100,24 @@ def _selected() -> Iterator[Finding]:
         yield Finding("wrong", _selection.VARIABLE, str(error))
         return
     yield Finding("ok", _selection.VARIABLE, f"{value}: {', '.join(chosen.ids) or 'no patch'}")
+    yield from _verified(tuple(registry), chosen.ids)
+
+
+def _verified(known: tuple[str, ...], selected: tuple[str, ...]) -> Iterator[Finding]:
+    try:
+        wanted = _verify.parse(os.environ.get(_verify.VARIABLE), known, selected)
+    except _verify.VerifyError as error:
+        yield Finding("wrong", _verify.VARIABLE, str(error))
+        return
+    for name in wanted.idle:
+        yield Finding("wrong", _verify.VARIABLE, _verify.idle_sentence(name))
+    if wanted.calls:
+        what = "every call costs two; for finding faults, not for serving"
+        yield Finding("note", _verify.VARIABLE, f"{', '.join(wanted.calls)}: {what}")
+    try:
+        _selftest.wanted("")
+    except _selftest.SelfTestError as error:
+        yield Finding("wrong", _selftest.VARIABLE, str(error))
 
 
 def _host(installed: Installed) -> Iterator[Finding]:

@@ -203,6 +203,14 @@ class Verification:
         }
 
 
+def idle_sentence(name: str) -> str:
+    """What to say of a patch that is named here and selected nowhere."""
+    return (
+        f"{VARIABLE} names {name}, which {_selection.VARIABLE} does not select: nothing of it is "
+        "compared; add it there"
+    )
+
+
 def begin(
     state: ProcessState,
     known: Collection[str],
@@ -217,10 +225,7 @@ def begin(
     """
     wanted = parse(os.environ.get(VARIABLE), known, selected)
     for name in wanted.idle:
-        problem = (
-            f"{VARIABLE} names {name}, which ASCEND_PATCHES does not select: nothing of it is "
-            "compared; add it there"
-        )
+        problem = idle_sentence(name)
         state.problems.append(problem)
         _bootstrap.complain(f"WARNING: {problem}")
     return Verification(wanted.calls, state, fail, give_back) if wanted.calls else None

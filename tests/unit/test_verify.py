@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ascend_patch import _status, _verify
+from ascend_patch import _doctor, _status, _verify
 from ascend_patch._state import ProcessState
 from ascend_patch._verifier import MAX_NOTES, NEEDS_EAGER, Finding
 
@@ -96,6 +96,24 @@ def test_entries_mean_what_they_say(entries, selected):
         if name in wanted.calls:
             assert wanted.calls[name] == last.get(name, last.get("all"))
     assert set(wanted.idle) == (set(last) - {"all"}) - selected
+
+
+@pytest.mark.parametrize(
+    ("variables", "level", "part"),
+    [
+        ({"ASCEND_PATCHES_VERIFY": "rotary:0"}, "wrong", "a whole number from 1"),
+        ({"ASCEND_PATCHES_VERIFY": "gdn_attn"}, "wrong", "ASCEND_PATCHES does not select"),
+        ({"ASCEND_PATCHES_VERIFY": "rotary"}, "note", "every call costs two"),
+        ({"ASCEND_PATCHES_SELFTEST": "perhaps"}, "wrong", "says neither yes nor no"),
+    ],
+)
+def test_doctor_says_what_a_server_would(monkeypatch, variables, level, part):
+    monkeypatch.setenv("ASCEND_PATCHES", "rotary")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    [found] = [f for f in _doctor._selected() if f.about in variables]
+    assert found.level == level
+    assert part in found.text
 
 
 class Book:
