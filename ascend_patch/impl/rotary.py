@@ -10,6 +10,9 @@ import torch
 from ascend_patch.kernels.rope import rotary_embedding
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Where the operators have been seen to run; elsewhere (ROCm, which is `cuda` to torch, and XPU) the
+# layers stay as they are.
+DEVICES = ("cpu", "npu") if torch.version.hip else ("cpu", "cuda", "npu")
 
 
 def forward(original: FunctionType) -> Any:
@@ -81,10 +84,12 @@ def cache_of(layer: Any, query: Any) -> Any:
 def takes(positions: Any, query: Any, key: Any, head_size: int) -> bool:
     """Whether the kernel's API covers a call: [T, heads * head_size] or [T, heads, head_size].
 
-    Only ranks and dtypes decide, so that a traced call decides once. The releases reshape whatever
-    has T * heads * head_size elements.
+    Only devices, ranks and dtypes decide, so that a traced call decides once. The releases reshape
+    whatever has T * heads * head_size elements.
     """
-    if query.dtype not in DTYPES or (key is not None and key.dtype != query.dtype):
+    if query.device.type not in DEVICES or query.dtype not in DTYPES:
+        return False
+    if key is not None and key.dtype != query.dtype:
         return False
     by_head = query.dim() == 3 and query.shape[2] == head_size and positions.dim() == 1
     return bool(by_head or query.dim() == 2)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from types import FunctionType
 from typing import Any
 
-from ascend_patch.impl.rotary import DTYPES
+from ascend_patch.impl.rotary import DEVICES, DTYPES
 from ascend_patch.kernels.rope import apply_rotary
 
 
@@ -64,6 +64,6 @@ def takes(x: Any, cos: Any, sin: Any) -> bool:
     """Whether apply_rotary covers a call; the releases broadcast further shapes."""
     if x.dtype not in DTYPES or cos.dtype not in DTYPES or sin.dtype not in DTYPES:
         return False
-    if x.dim() not in (3, 4):
+    if x.device.type not in DEVICES or x.dim() not in (3, 4):
         return False
     return bool(cos.dim() == 2 or (cos.dim() == 3 and cos.shape[:-1] == x.shape[:-2]))

@@ -9,15 +9,14 @@ import os
 from types import FunctionType
 from typing import Any
 
-import torch
-
+from ascend_patch.impl.rotary import DEVICES as ALL_DEVICES
 from ascend_patch.impl.rotary import DTYPES, cache_of
 from ascend_patch.impl.rotary_sections import has_sections, sections
 from ascend_patch.kernels.rope import split_qkv_rmsnorm_rope
 
 # On a CPU there is no kernel to win with: the reference takes longer than vLLM's operators, and
 # than what Inductor makes of its torch code.
-DEVICES = ("cuda", "npu")
+DEVICES = tuple(device for device in ALL_DEVICES if device != "cpu")
 # vLLM promises one result for every batch size, with kernels of its own.
 BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
 
@@ -38,7 +37,7 @@ def forward(original: FunctionType) -> Any:
     )
 
     one_position = (RotaryEmbedding, YaRNScalingRotaryEmbedding, Llama3RotaryEmbedding)
-    possible = torch.version.hip is None and os.environ.get(BATCH_INVARIANT, "") in ("", "0")
+    possible = os.environ.get(BATCH_INVARIANT, "") in ("", "0")
 
     def norm_fits(norm: Any, hidden_states: Any) -> bool:
         return (

@@ -25,8 +25,9 @@ PATCH = Patch(
         "vllm, forward_cuda, forward_hip and forward_xpu: vLLM's compiled kernels stay, but for "
         "MRotaryEmbedding with GPT-J pairs up to 0.26, which its kernel does not know",
         "vllm, vision towers on CUDA, those that ask for float32, and all of 0.11: they are right",
-        "vllm, Qwen3 and Qwen3-MoE: norm and rotation stay two steps on a CPU, on ROCm, with dual "
-        "chunk attention, other rotary classes or norms, and under VLLM_BATCH_INVARIANT",
+        "vllm, Qwen3 and Qwen3-MoE: norm and rotation stay two steps on a CPU, with dual chunk "
+        "attention, other rotary classes or norms, and under VLLM_BATCH_INVARIANT",
+        "vllm on ROCm and XPU: every layer, though its targets are applied",
         "vllm_ascend, rotary_dim a power of two, or no Triton: the release's kernel is right there",
         "vllm_ascend, MLA and SFA (DeepSeek, GLM-5, Kimi), MiniMax, 310P: they rotate elsewhere",
     ),
