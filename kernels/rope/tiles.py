@@ -7,6 +7,7 @@ picks one of two variants of a kernel, so that two compilations serve every batc
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import gcd
 
 # Ascend: a larger grid fails to launch, and a vector core has 192 KiB of unified buffer.
 MAX_PROGRAMS = 65535
@@ -45,7 +46,8 @@ class Tiles:
     """How a launch is cut up: heads a tile, padded widths, and on CUDA warps and the grid's axes.
 
     ``split``: each tile of heads is a program of its own. ``loops``: there are fewer programs than
-    tokens. ``shared_row``: query and key share the row of angles that was read.
+    tokens. ``shared_row``: query and key share the row of angles that was read. ``early`` and
+    ``wide``: early_kernel instead of rotary_kernel, wide_kernel of fused_kernel (CUDA only).
     """
 
     query_tile: int
@@ -56,6 +58,8 @@ class Tiles:
     split: bool = False
     loops: bool = True
     shared_row: bool = True
+    early: bool = False
+    wide: bool = False
 
     def parts(self, query_heads: int, key_heads: int) -> int:
         """Programs that share a token."""
@@ -191,6 +195,20 @@ def fused_cuda_tiles(
         key_tile=head_tile(key_heads, most),
         num_warps=1,
     )
+
+
+def wide_block(head_size: int, rotary_dim: int) -> int:
+    """Elements of a block of wide_kernel: a power of two that divides half and head; 0 for none."""
+    half = rotary_dim // 2
+    common = gcd(half, head_size)
+    block = common & -common
+    return block if block >= 8 else 0
+
+
+def early_tile(tiles: Tiles) -> Tiles:
+    """Tiles of one size, one a program: what early_kernel takes."""
+    tile = max(tiles.query_tile, tiles.key_tile)
+    return replace(tiles, query_tile=tile, key_tile=tile, split=True, loops=False, early=True)
 
 
 def grid(

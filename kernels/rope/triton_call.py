@@ -145,8 +145,6 @@ def _has_triton(backend: str) -> bool:
 
 def _launch(planned: int, tokens: int, *call: Any) -> None:
     """Launch the variant for ``planned`` tokens over ``tokens`` of them."""
-    from ascend_patch.kernels.rope.triton_kernel import rotary_kernel
-
     device = call[3].device
     plan = plan_of(planned, *call)
     values, constants = arguments(tokens, plan, *call)
@@ -154,7 +152,18 @@ def _launch(planned: int, tokens: int, *call: Any) -> None:
     heads = constants["QUERY_HEADS"], constants["KEY_HEADS"]
     options = {} if device.type == "npu" else {"num_warps": plan.num_warps}
     with on_device(device):
-        rotary_kernel[tiles.grid(plan, tokens, *heads, cores)](*values, **constants, **options)
+        kernel_of(plan)[tiles.grid(plan, tokens, *heads, cores)](*values, **constants, **options)
+
+
+def kernel_of(plan: tiles.Tiles) -> Any:
+    """The kernel that a plan is for; both take what ``arguments`` returns."""
+    if plan.early:
+        from ascend_patch.kernels.rope.early_kernel import early_kernel
+
+        return early_kernel
+    from ascend_patch.kernels.rope.triton_kernel import rotary_kernel
+
+    return rotary_kernel
 
 
 def plan_of(

@@ -140,8 +140,10 @@ def _fused(tokens: int, seed: int, case: fused_cases.FusedCase) -> Call:
 
     def judge() -> None:
         results = (*out, gate) if gate is not None else out
+        # On x86 the lowered sum of squares runs in order; in fp32 that costs the last digits.
+        share = qkv.dtype != torch.float32
         for result, want in zip(results, fused_judge.expected(case, call, biases), strict=True):
-            oracle.assert_close(result, want)
+            oracle.assert_close(result, want, share)
 
     bound = tiles.fused_unified_buffer_bytes(plan, itemsize, rope.is_neox_style)
     total = tokens * least + min(tokens, 1) * weights

@@ -32,7 +32,8 @@ from ascend_patch.kernels.rope import (
 
 SEED = 1
 # A small batch is split by heads, a program takes a token, a program loops: each with few tokens.
-VARIANTS = ("split", "token", "loops", "ascend")
+# "other": early_kernel, and wide_kernel where it takes the call.
+VARIANTS = ("split", "token", "loops", "ascend", "other")
 
 
 def interpreted_cases() -> list[cases.RopeCase]:
@@ -61,12 +62,16 @@ _PLANS = {module: module.plan_of for module in (triton_call, fused_call, angles_
 
 def force(variant: str) -> None:
     """Have the launch take this variant's tiles, whatever the number of tokens."""
-    tokens = {"split": 1, "token": 1000, "loops": 1000}
+    tokens = {"split": 1, "token": 1000, "loops": 1000, "other": 1000}
 
     def plan(module, ascend_tiles):
         def forced(_tokens, *call):
             if variant == "ascend":
                 return ascend_tiles(*call)
+            if variant == "other" and module is triton_call:
+                return tiles.early_tile(_PLANS[module](1, *call))
+            if variant == "other" and module is fused_call and fused_call.takes_wide(*call):
+                return replace(_PLANS[module](1000, *call), wide=True)
             return replace(_PLANS[module](tokens[variant], *call), loops=variant == "loops")
 
         module.plan_of = forced

@@ -75,12 +75,12 @@ def ulp(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     return np.exp2(np.maximum(exponent, lowest) - bits)
 
 
-def assert_close(got: torch.Tensor, expected: Expected) -> None:
+def assert_close(got: torch.Tensor, expected: Expected, share: bool = True) -> None:
     """All elements: within 1 ulp + 4 fp32 epsilons of |a| + |b|; 99.9 % of them: within 1 ulp.
 
     An fp32 result has no digits to spare over the fp32 products that it is the sum of: where they
     cancel, an ulp of the sum is finer than what either product resolves. There the 99.9 % are
-    held to an ulp at the pair's magnitude.
+    held to an ulp at the pair's magnitude. Without ``share`` only the first bound counts.
     """
     assert list(got.shape) == list(expected.value.shape)
     found = _fp64(got)
@@ -99,4 +99,6 @@ def assert_close(got: torch.Tensor, expected: Expected) -> None:
     outside = int((error > strict).sum())
     # A small tensor is a small sample: a handful of elements says nothing about a share of 0.1 %.
     allowed = max(4, error.size // 1000)
-    assert outside <= allowed, f"{outside} of {error.size} elements are not within one ulp"
+    assert outside <= allowed or not share, (
+        f"{outside} of {error.size} elements are not within one ulp"
+    )

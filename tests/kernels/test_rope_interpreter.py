@@ -32,7 +32,7 @@ def wrong_cases(*arguments: str) -> tuple[dict, int]:
     return {case: error for case, error in found.items() if error}, len(found)
 
 
-@pytest.mark.parametrize("variant", ["split", "token", "loops", "ascend"])
+@pytest.mark.parametrize("variant", ["split", "token", "loops", "ascend", "other"])
 def test_the_interpreted_kernel_matches_the_oracle(variant):
     wrong, count = wrong_cases(variant)
     assert not wrong, "\n".join(f"{case}: {error}" for case, error in wrong.items())
