@@ -15,14 +15,17 @@ MOST_HEADS = 1000
 WIDEST_HEAD = 896
 
 
-def rotates_wrongly(is_neox_style: bool, x: Tensor, cos: Tensor) -> bool:
+def rotates_wrongly(is_neox_style: bool, x: Tensor, cos: Tensor, calls: int = 1) -> bool:
     """Whether npu_rotary_mul, as the release calls it, is not what was asked for.
 
     It is always told to pair (j, j + d/2), and given angles as [1, s, 1, d], made from [s, d/2]:
     one set for the whole batch, as wide as a head.
+
+    Args:
+        calls: Among how many calls the release shares the batch of a 4-D x.
     """
     heads, head_size = x.shape[-2:]
-    batch = x.shape[0] if x.dim() == 4 else 1
+    batch = x.shape[0] // calls if x.dim() == 4 else 1
     one_set = cos.shape[:-1].numel() == x.shape[-3]
     limits = batch < MOST_HEADS and heads < MOST_HEADS and head_size < WIDEST_HEAD
     return not (is_neox_style and one_set and 2 * cos.shape[-1] == head_size and limits)
@@ -51,7 +54,7 @@ def apply_rotary_emb_0_13(original: FunctionType) -> Any:
     """`AscendApplyRotaryEmb.forward_oot` of 0.13.0, which halves every batch into q and k."""
 
     def forward_oot(self: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Any:
-        if rotates_wrongly(self.is_neox_style, x, cos):
+        if rotates_wrongly(self.is_neox_style, x, cos, calls=2):
             return rotated(x, cos, sin, self.is_neox_style)
         if x.dim() == 4 and x.shape[0] == 1:
             # q or k alone (Keye-VL): without a batch the release does not try to halve it.

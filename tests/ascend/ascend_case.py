@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from environment import Environment
+import pytest
+from environment import ROOT, Environment
 
 HERE = Path(__file__).resolve().parent
 
@@ -30,7 +32,8 @@ NPU = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
 
 def rotary():
     import ascend_patch
-    return next(p for p in ascend_patch.status()["patches"] if p["id"] == "rotary")
+    patches = {p["id"]: p for p in ascend_patch.status()["patches"]}
+    return patches.get("rotary", {"state": "off", "reason": "", "targets": []})
 
 def kernels():
     import ascend_patch
@@ -41,7 +44,35 @@ def calls():
 """
 
 
-def run(ascend: Environment, seed: int, code: str, *, patches: str, triton: bool = True) -> Any:
+# The release whose environment a branch head runs in. It is no package of the index.
+BRANCHES = {"releases/v0.13.0": "0.13.0", "v0.11.0-dev": "0.11.0"}
+
+
+class Host:
+    """vllm-ascend of a final release, or a branch's source over the release that it follows.
+
+    A branch needs DRIFT_SOURCES, a folder that holds its source as `vllm-ascend-` and its name.
+    """
+
+    def __init__(self, label: str) -> None:
+        self.label, self.release = label, BRANCHES.get(label, label)
+        self._variables: dict[str, str] = {}
+        if label in BRANCHES:
+            folder = os.environ.get("DRIFT_SOURCES")
+            source = Path(folder or ".").resolve() / f"vllm-ascend-{label.replace('/', '_')}"
+            if not (source / "vllm_ascend").is_dir():
+                pytest.skip(f"missing: the source of {label}; DRIFT_SOURCES is {folder or 'unset'}")
+        self._environment = Environment(self.release)
+        self._environment.build()
+        if label in BRANCHES:
+            path = (str(ROOT), str(source), str(self._environment.folder / "acl"))
+            self._variables["PYTHONPATH"] = os.pathsep.join(path)
+
+    def run(self, code: str, *, patches: str) -> str:
+        return self._environment.run(code, patches=patches, **self._variables)
+
+
+def run(ascend: Host, seed: int, code: str, *, patches: str, triton: bool = True) -> Any:
     """What the code prints last, as JSON; `SEED` is the test's seed.
 
     Args:
@@ -50,5 +81,5 @@ def run(ascend: Environment, seed: int, code: str, *, patches: str, triton: bool
     opening = START + (WITH_TRITON if triton else "") + PLATFORM
     printed = ascend.run(f"SEED = {seed}\n{opening}\n{code}", patches=patches)
     found = json.loads(printed.strip().splitlines()[-1])
-    print(patches, found)
+    print(ascend.label, patches, found)
     return found

@@ -87,12 +87,13 @@ def _npu_rotary_embedding(positions, query, key, head_size, cos_sin_cache, is_ne
 
 
 def npu_apply_rotary_pos_emb(query, key, cos, sin, layout="BSND", rotary_mode="half"):
+    """It changes its inputs, which its schema does not say: 0.11.0 counts on that."""
     used.append("npu_apply_rotary_pos_emb")
     assert rotary_mode == "half"
     assert query.shape[-1] == cos.shape[-1] == 128
-    return tuple(
-        (x.float() * cos.float() + _half(x.float()) * sin.float()).to(x.dtype) for x in (query, key)
-    )
+    for x in (query, key):
+        x.copy_(x.float() * cos.float() + _half(x.float()) * sin.float())
+    return query.clone(), key.clone()
 
 
 _libraries = []

@@ -7,8 +7,7 @@ read of a position see the tile of an iteration before.
 from __future__ import annotations
 
 import pytest
-from ascend_case import run
-from environment import Environment
+from ascend_case import Host, run
 
 pytestmark = pytest.mark.slow
 
@@ -134,10 +133,8 @@ def measure(function: str, cases: dict[str, str]) -> str:
 
 
 @pytest.fixture(scope="module", params=["0.18.0", "0.23.0"])
-def ascend(request) -> Environment:
-    environment = Environment(request.param)
-    environment.build()
-    return environment
+def ascend(request) -> Host:
+    return Host(request.param)
 
 
 # In units of the dtype: the release rounds the normalised head, each product and the sum.
