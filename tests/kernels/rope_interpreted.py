@@ -121,7 +121,7 @@ def product_of(seed: int) -> list[tuple]:
         few = {**factors, "variant": VARIANTS}
         for name in ("tokens", "places"):
             if name in few:
-                few[name] = (0, 1, 7, 33)
+                few[name] = (0, 1, 3, 17)
         if "counts" in few:
             few["counts"] = ((1, 1), (12, 1), (6, 2), (64, 4), (16, 16))
         for n, case in enumerate(product.covering(few, seed)):
