@@ -17,7 +17,7 @@ from _tiny_model import WORDS
 
 STEPS = 16
 # Of a wrong model: each of its steps is another request, since it hardly ever says the same.
-FAULTY_STEPS = 4
+FAULTY_STEPS = 6
 TOP = 20  # vLLM's own limit
 # From a word to a page of text; among them repetition and text far from the tokenizer's words.
 PROMPTS = (

@@ -48,7 +48,9 @@ class Setup:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """What is asked; where positions are scaled, long texts too."""
+        """What is asked; where positions are scaled, long texts too; beside images, fewer."""
+        if self.images:
+            return logprobs.PROMPTS[:6]
         longer = logprobs.LONG_PROMPTS if self.model.endswith("yarn") else ()
         return (*logprobs.PROMPTS, *longer)
 
@@ -152,12 +154,15 @@ class Lab:
         name = f"{self.started}-{'plain' if patches is None else 'patched'}"
         self.started += 1
         folder = self.folder / "servers" / name
+        # What an eager server keeps is what it found out about its model's class, for 10 s; a
+        # compiled one's graphs are its own, so that it shows what it makes of them.
+        cache = folder if setup.compiled else self.folder
         env = _server.inherited() | _server.base_variables()
         env |= _server.cpu_variables(setup.tensor_parallel)
         env |= {
             "LD_PRELOAD": python.preload,
             "PATH": f"{python.plain.parent}:{env.get('PATH', os.defpath)}",
-            "VLLM_CACHE_ROOT": str(folder / "vllm-cache"),
+            "VLLM_CACHE_ROOT": str(cache / f"vllm-cache-{setup.release}"),
             # vLLM compiles small functions in eager servers too, 15 s with the first request;
             # inductor's cache goes by the content of a graph, so servers can share it.
             "TORCHINDUCTOR_CACHE_DIR": self.inductor,

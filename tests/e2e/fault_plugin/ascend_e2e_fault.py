@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-FACTOR = 1.25
+FACTOR = 2.0
 # Each is looked up under its module's OPERATOR.
 MODULES = ("ops", "angles_ops", "fused_ops")
 
