@@ -205,6 +205,20 @@ def test_where_the_last_kernel_is_wrong_there_is_a_sentence_for_it(fault):
     assert result.withdrawn == ()
 
 
+def test_a_kernel_that_is_wrong_in_place_alone_is_withdrawn():
+    real = implementation(ROTARY)
+
+    def wrong(out_query, out_key, positions, query, *rest):
+        real.run(out_query, out_key, positions, query, *rest)
+        if out_query is query:
+            out_query[0, 0] += 1
+
+    dispatch.register(ROTARY, "cpu", dispatch.Implementation("triton", wrong, priority=10))
+    result = run(model(Attention(Rotary())))
+    assert not result.wrong
+    assert "query: in place differs from functional" in result.withdrawn[0]
+
+
 def test_a_kernel_that_raises_is_withdrawn():
     def broken(*call):
         raise RuntimeError("no such core")
