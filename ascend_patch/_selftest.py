@@ -76,7 +76,9 @@ class Result:
         if not self.cases:
             text = "the model has nothing that it could be tried on"
         elif not self.wrong:
-            text += f", largest error {self.ulps:.2f} ulp ({self.share:.2f} of what is allowed)"
+            text += (
+                f", 99.9 % within {self.ulps:.2f} ulp, largest error {self.share:.2f} of its limit"
+            )
         text += f", {self.seconds * 1e3:.0f} ms"
         for withdrawn in self.withdrawn:
             text += f"; no longer used: {withdrawn}"

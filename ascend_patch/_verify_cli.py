@@ -204,14 +204,15 @@ def _head(found: dict[str, Any]) -> str:
         f"Python {found['python']}, {found['system']}, {found['threads']} threads on "
         f"{found['cores']} cores\n"
         f"seed {found['seed']}\n\n"
-        f"{'kernel':<26} {'cases':>5} {'failed':>6}  {'largest error':<28} {'served by':<16} time"
+        f"{'kernel':<26} {'cases':>5} {'failed':>6}  {'99.9 % within':>13} {'worst/limit':>12}  "
+        f"{'served by':<16} time"
     )
 
 
 def _line(kernel: dict[str, Any]) -> str:
-    error = f"{kernel['ulps']:.2f} ulp, {kernel['share']:.2f} of the limit"
+    error = f"{kernel['ulps']:>9.2f} ulp {kernel['share']:>12.2f}"
     served = ", ".join(f"{name} {count}" for name, count in kernel["served_by"].items())
     return (
-        f"{kernel['operator']:<26} {kernel['cases']:>5} {len(kernel['failed']):>6}  {error:<28} "
+        f"{kernel['operator']:<26} {kernel['cases']:>5} {len(kernel['failed']):>6}  {error}  "
         f"{served:<16} {kernel['seconds']:.1f} s"
     )

@@ -71,15 +71,18 @@ def test_a_server_that_is_right_says_so_and_how_much(
     )
     assert patch["state"] == "applied", patch["reason"]
     assert found["compared"] == found["calls"] == CALLS
-    assert 0 < found["error"] <= found["limit"]
+    assert 0 <= found["error"] <= found["limit"]
+    # In bfloat16 vLLM's operator rounds once, as ours does.
+    assert found["error"] > 0 or setup.dtype == "bfloat16"
     assert found["where"].startswith("vllm.model_executor.layers.rotary_embedding.")
     assert found["notes"] == []
     said = re.fullmatch(
-        r"(\d+) cases, largest error ([\d.]+) ulp \(([\d.]+) of what is allowed\), \d+ ms",
+        r"(\d+) cases, 99\.9 % within ([\d.]+) ulp, largest error ([\d.]+) of its limit, \d+ ms",
         process["self_tests"]["rotary"],
     )
     assert said, process["self_tests"]
     assert int(said[1]) >= 4
+    assert float(said[2]) <= 1
     assert float(said[3]) <= 1
     assert "WARNING: ASCEND_PATCHES_VERIFY" not in text
     assert not process["problems"]

@@ -88,7 +88,7 @@ def test_what_is_right_is_said_with_its_largest_error():
     kernel = Kernel(reference=FINE)
     result = _selftest.run([kernel.case(), Kernel(reference=WORSE).case()])
     assert result.sentence().startswith(
-        "2 cases, largest error 0.75 ulp (0.50 of what is allowed), "
+        "2 cases, 99.9 % within 0.75 ulp, largest error 0.50 of its limit, "
     )
     assert result.sentence().endswith(" ms")
     assert kernel.warmed == 1
@@ -176,7 +176,7 @@ def loaded(bench, site):
 def test_a_patch_that_passes_stays(loaded):
     loaded.load(Kernel(reference=FINE).case())
     assert loaded.patch.state == "applied"
-    assert loaded.said.startswith("1 cases, largest error 0.50 ulp")
+    assert loaded.said.startswith("1 cases, 99.9 % within 0.50 ulp")
     assert loaded.module.scale(1) == 3
 
 

@@ -100,7 +100,7 @@ def test_layers_that_are_right_pass_with_the_largest_error():
     assert not result.wrong, result.wrong
     # Three numbers of tokens and the layer as a whole, for four kinds of layers.
     assert result.cases == 16
-    assert 0 < result.ulps <= 2
+    assert 0 < result.ulps <= 1
     assert 0 < result.share <= 1
 
 
