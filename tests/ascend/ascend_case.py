@@ -44,6 +44,13 @@ def calls():
 """
 
 
+# What building a package generates, which a branch's source lacks.
+GENERATED = """
+import types
+info = sys.modules["vllm_ascend._build_info"] = types.ModuleType("vllm_ascend._build_info")
+info.__device_type__ = "A2"
+"""
+
 # The release whose environment a branch head runs in. It is no package of the index.
 BRANCHES = {"releases/v0.13.0": "0.13.0", "v0.11.0-dev": "0.11.0"}
 
@@ -78,7 +85,8 @@ def run(ascend: Host, seed: int, code: str, *, patches: str, triton: bool = True
     Args:
         triton: Whether the release finds Triton, which is then the interpreter.
     """
-    opening = START + (WITH_TRITON if triton else "") + PLATFORM
+    generated = GENERATED if ascend.label in BRANCHES else ""
+    opening = START + generated + (WITH_TRITON if triton else "") + PLATFORM
     printed = ascend.run(f"SEED = {seed}\n{opening}\n{code}", patches=patches)
     found = json.loads(printed.strip().splitlines()[-1])
     print(ascend.label, patches, found)
