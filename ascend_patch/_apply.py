@@ -104,7 +104,9 @@ class Applier:
             for target in patch.targets:
                 target.state, target.reason = "reverted", ""
             patch.state, patch.reason = "failed", reason
-        self._failed(patch)
+        _bootstrap.complain(f"patch {patch.id} failed: {patch.reason}")
+        for other in self._those_that_need(name):
+            self.condemn(other.id, f"it needs patch {name}, which failed; the host's own code runs")
 
     def give_back(self) -> None:
         """Take back what was condemned."""
@@ -219,14 +221,16 @@ class Applier:
             for target in patch.targets:
                 target.state = "failed" if target.id == target_id else "reverted"
             patch.state, patch.reason = "failed", f"{reason}; rolled back, vLLM runs as it was"
-        self._failed(patch)
-
-    def _failed(self, patch: PatchState) -> None:
         _bootstrap.complain(f"patch {patch.id} failed: {patch.reason}")
-        for name, decision in self._decisions.items():
-            other = self._state.patches[name]
-            if patch.id in decision.patch.requires and other.state in WANTED:
-                self._fail(other, "", RuntimeError(f"it needs patch {patch.id}, which failed"))
+        for other in self._those_that_need(patch.id):
+            self._fail(other, "", RuntimeError(f"it needs patch {patch.id}, which failed"))
+
+    def _those_that_need(self, name: str) -> list[PatchState]:
+        return [
+            self._state.patches[other]
+            for other, decision in self._decisions.items()
+            if name in decision.patch.requires and self._state.patches[other].state in WANTED
+        ]
 
     def _take_back(self, name: str, installed: Mapping[str, Installation]) -> str:
         """Revert the newest first; what goes wrong is returned, and the rest still reverted."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 import types
 
 import pytest
@@ -333,6 +334,44 @@ def test_compiled_calls_of_an_operator_are_compared(there, site):
     finally:
         there.bench.applier.revert("demo")
         library._destroy()
+
+
+def test_another_thread_has_ours_while_the_original_runs_in_this_one(there, site):
+    site.write(
+        "ap_m",
+        "between = None\n"
+        "def scale(x):\n    if between is not None:\n        between()\n    return x * 2\n",
+    )
+    module = there.arm(traced("scale", "right"))
+    x, seen = torch.ones(2), []
+
+    def between() -> None:
+        module.between = None
+        other = threading.Thread(target=lambda: seen.append(module.scale(x)))
+        other.start()
+        other.join()
+
+    module.between = between
+    with there.step():
+        module.scale(x)
+    assert torch.equal(seen[0], x + x * (1 + 2**-23))
+    # Both were compared, each with the original in its own thread.
+    assert (there.compared, there.patch.state) == (2, "applied")
+
+
+def test_what_needs_a_patch_that_differs_goes_with_it(there):
+    there.bench.declare(traced("scale", "wrong"))
+    needs = Target("ap_m:both", "traced", "ap_ours:other")
+    sys.modules["ap_ours"].other = lambda original: lambda x: original(x) + 1
+    there.bench.declare(needs, name="needy", requires=("demo",))
+    module = there.arm()
+    x = torch.ones(2)
+    assert module.both(x).tolist() == [10.0, 10.0]
+    with there.step():
+        module.scale(x)
+    assert there.bench.state.patches["needy"].state == "failed"
+    assert "it needs patch demo, which failed" in there.bench.state.patches["needy"].reason
+    assert module.both(x).tolist() == [6.0, 6.0]
 
 
 # Oracles
