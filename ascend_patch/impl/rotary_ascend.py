@@ -6,19 +6,21 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ascend_patch.kernels.rope import rotary_embedding
 
 
-def reads_wrong_sines(original: FunctionType, rotary_dim: int) -> bool:
-    """Whether the release's Triton kernel takes sines from a wrong place in the cache.
+def reads_wrong_angles(original: FunctionType, positions: Tensor, rotary_dim: int) -> bool:
+    """Whether the release's Triton kernel takes angles from a wrong place in the cache.
 
     It starts the sine half at half of rotary_dim rounded up to a power of two, so that 96 reads
-    column 64 where the sines begin at 48. Without Triton the release calls torch_npu, which is
-    right.
+    column 64 where the sines begin at 48; and it takes positions to lie side by side. Without
+    Triton the release calls torch_npu, which is right.
     """
     has_triton = bool(original.__globals__["HAS_TRITON"])
-    return has_triton and rotary_dim & (rotary_dim - 1) != 0
+    power_of_two = rotary_dim & (rotary_dim - 1) == 0
+    return has_triton and not (power_of_two and positions.is_contiguous())
 
 
 def rope_forward_oot(original: FunctionType) -> Any:
@@ -37,7 +39,7 @@ def rope_forward_oot(original: FunctionType) -> Any:
         is_neox_style: bool,
         offsets: Any = None,
     ) -> Any:
-        wrong = reads_wrong_sines(original, rotary_dim) or query.shape[0] == 0
+        wrong = reads_wrong_angles(original, positions, rotary_dim) or query.shape[0] == 0
         if offsets is None and wrong:
             return rotary_embedding(
                 positions,

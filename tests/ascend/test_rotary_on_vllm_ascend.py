@@ -147,3 +147,39 @@ print(json.dumps([calls, ascend_patch.status()["kernels"]]))
     calls, kernels = run(ascend, seed, code, patches="all", triton=False)
     assert calls == [96]
     assert kernels == {}
+
+
+def test_no_tokens_and_positions_that_lie_apart(ascend, seed):
+    code = """
+def outcome(tokens, apart):
+    positions = torch.arange(2 * tokens)[::2] if apart else torch.arange(0, 2 * tokens, 2)
+    q = torch.randn(tokens, 192, generator=torch.Generator().manual_seed(SEED))
+    angles = torch.arange(64)[:, None] / 10000 ** (torch.arange(0, 64, 2) / 64)
+    cache = torch.cat((angles.cos(), angles.sin()), -1)
+    try:
+        got = OPERATOR.redispatch(NPU, positions, q.clone(), q.clone(), cache, 64, 64, True)
+    except RuntimeError as error:
+        return str(error)[:60]
+    return [list(got[0].shape), [x.tolist() for x in got]]
+print(json.dumps([outcome(0, False), outcome(5, True), outcome(5, False)]))
+"""
+    empty, apart, side_by_side = run(ascend, seed, code, patches="none")
+    assert "0 elements" in empty
+    assert apart != side_by_side
+    empty, apart, ours = run(ascend, seed, code, patches="all")
+    assert empty == [[0, 192], [[], []]]
+    assert ours == side_by_side
+    for found, expected in zip(apart[1], side_by_side[1], strict=True):
+        for row, wanted in zip(found, expected, strict=True):
+            assert row == pytest.approx(wanted, abs=1e-5)
+
+
+def test_explain_names_what_stays(ascend, seed):
+    code = """
+import ascend_patch._explain
+print(json.dumps(ascend_patch._explain.explain_text("rotary").splitlines()))
+"""
+    lines = run(ascend, seed, code, patches="all")
+    untouched = " ".join(lines[lines.index("  left as it is:") :])
+    for name in ("DeepSeek", "GLM-5", "Kimi", "MLA", "SFA", "MiniMax", "310P"):
+        assert name in untouched, untouched
