@@ -53,7 +53,7 @@ def test_a_patch_that_breaks_leaves_vllm_as_it_was(lab: Lab) -> None:
     for patch in failed:
         assert FAULT in patch["reason"]
         assert patch["reason"].endswith("rolled back, vLLM runs as it was")
-        # The first target broke; of the second nothing is left.
+        # One target broke; of the others nothing is left.
         assert {t["state"] for t in patch["targets"]} <= {"failed", "reverted"}
     assert not any(p["kernels"] for p in status["processes"])
 

@@ -1,4 +1,4 @@
-"""A patch that breaks when it is applied: its replacement cannot even be built.
+"""A patch that breaks when it is applied: a replacement of it cannot even be built.
 
 It stands in front of the shim's sitecustomize and hands over to it.
 """
@@ -11,8 +11,15 @@ def forward(original):
     raise SystemExit("a fault of the test's own")
 
 
+def anything(name):
+    """Whatever the patch's other modules import from it is there."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return forward
+
+
 broken = types.ModuleType("ascend_patch.impl.rotary")
-broken.forward = forward
+broken.__getattr__ = anything
 sys.modules[broken.__name__] = broken
 
 here = __file__.rpartition("/")[0]
