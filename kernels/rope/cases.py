@@ -158,6 +158,25 @@ def mrope_cases() -> list[RopeCase]:
     return cases
 
 
+def upstream_cases() -> list[RopeCase]:
+    """The shapes of the tests that vllm-ascend's Triton kernel came with; tokens take turns."""
+    shapes = product(STYLES, DTYPES[:2], (64, 128), (32, 64))
+    return [
+        RopeCase(
+            tokens=(1, 4, 8, 16, 1024)[n % 5],
+            query_heads=64,
+            key_heads=1,
+            head_size=head_size,
+            rotary_dim=rotary_dim,
+            is_neox_style=style,
+            dtype=dtype,
+            cache_dtype=dtype,
+            max_position=2**18,
+        )
+        for n, (style, dtype, head_size, rotary_dim) in enumerate(shapes)
+    ]
+
+
 def large_cases() -> list[RopeCase]:
     """Few long prefills: enough elements for a fault that is rare, or tied to a large index."""
     return [

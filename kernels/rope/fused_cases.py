@@ -61,6 +61,21 @@ def fused_cases() -> list[FusedCase]:
     return found
 
 
+def upstream_cases() -> list[FusedCase]:
+    """The shapes of the tests that vllm-ascend's fused kernel came with; tokens take turns."""
+    counts = ((12, 1), (16, 1), (32, 4), (64, 4))
+    found = [
+        FusedCase(
+            cases.RopeCase((1, 4, 8, 16, 1024)[(n + bias) % 5], *heads, 128, 128), has_bias=bias
+        )
+        for n, heads in enumerate(counts)
+        for bias in (False, True)
+    ]
+    partial = cases.RopeCase(16, 12, 1, 128, 64)
+    by_axis = cases.RopeCase(16, 12, 1, 256, 192, mrope_section=(32, 32, 32))
+    return [*found, FusedCase(partial), FusedCase(by_axis)]
+
+
 def make_fused_inputs(
     case: FusedCase, seed: int, device: str | torch.device = "cpu"
 ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:

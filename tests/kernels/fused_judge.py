@@ -42,6 +42,11 @@ def expected(case: fused_cases.FusedCase, call, biases) -> list[oracle.Expected]
     return found + [oracle.Expected(x, np.zeros_like(x)) for x in exact]
 
 
+def assert_close(result: torch.Tensor, want: oracle.Expected) -> None:
+    """In fp32 a dozen roundings come before the last: no share of them is held to one ulp."""
+    oracle.assert_close(result, want, share=result.dtype != torch.float32)
+
+
 def run_and_judge(case: fused_cases.FusedCase, seed: int, device: str = "cpu") -> None:
     call, biases = fused_cases.make_fused_inputs(case, seed, device)
     before = call[0].clone()
@@ -52,6 +57,6 @@ def run_and_judge(case: fused_cases.FusedCase, seed: int, device: str = "cpu") -
     for n, (result, judge) in enumerate(zip(got, want, strict=True)):
         assert result.is_contiguous()
         assert result.dtype == call[0].dtype
-        oracle.assert_close(result, judge)
+        assert_close(result, judge)
         if n >= 2:
             assert np.array_equal(result.double().cpu().numpy(), judge.value), "a copy differs"

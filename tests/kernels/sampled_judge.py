@@ -6,7 +6,6 @@ import random
 from dataclasses import replace
 
 import fused_judge
-import rope_oracle as oracle
 import rope_oracle_torch as oracle_torch
 import torch
 
@@ -43,4 +42,4 @@ def fused(case: fused_cases.FusedCase, seed: int, device: str = "cpu") -> None:
     shorter = replace(case, rope=replace(case.rope, tokens=len(part)))
     for result, want in zip(got, fused_judge.expected(shorter, few, biases), strict=True):
         assert result.isfinite().all()
-        oracle.assert_close(result[part], want)
+        fused_judge.assert_close(result[part], want)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 CASE = fused_cases.FusedCase(cases.RopeCase(7, 4, 2, 64, 48))
 
 
-@pytest.mark.parametrize("case", fused_cases.fused_cases(), ids=str)
+@pytest.mark.parametrize("case", fused_cases.fused_cases() + fused_cases.upstream_cases(), ids=str)
 def test_matches_the_formula(case, seed, device):
     run_and_judge(case, seed, device)
 

@@ -27,15 +27,21 @@ FUSED = fused_cases.FusedCase(cases.RopeCase(7, 12, 2, 128, 96), has_gate=True, 
 ANGLES = angles_cases.AnglesCase(17, 12, 80, 80, batch=2, per_entry=True)
 
 
-@pytest.mark.parametrize("tokens", [257, 300, 4096])
+@pytest.mark.parametrize(
+    ("heads", "tokens"),
+    [((64, 4), 257), ((64, 4), 300), ((64, 4), 4096), ((12, 1), 1025), ((12, 1), 10240)],
+)
 @pytest.mark.parametrize("section", [None, (24, 20, 20)])
-def test_positions_that_change_right_before_and_after_are_not_raced_for(tokens, section, seed):
-    """64 and 4 heads; another kernel writes the positions before each call and zeroes them after.
+def test_positions_that_change_right_before_and_after_are_not_raced_for(
+    heads, tokens, section, seed
+):
+    """Where vllm-ascend's kernel read them racily, and beyond.
 
-    Bit by bit what a call alone gives, which the formula judges: a program that reads a position
-    before it is there, or again once it is gone, differs.
+    Another kernel writes the positions before each call and zeroes them after. The results are bit
+    by bit what a call alone gives, which the formula judges: a program that reads a position before
+    it is there, or again once it is gone, differs.
     """
-    shape = cases.RopeCase(tokens, 64, 4, 128, 128, max_position=8192, mrope_section=section)
+    shape = cases.RopeCase(tokens, *heads, 128, 128, max_position=8192, mrope_section=section)
     case = fused_cases.FusedCase(shape)
     call, _ = fused_cases.make_fused_inputs(case, seed, "cuda")
     qkv, held, *rest = call

@@ -34,6 +34,11 @@ def test_mrope_matches_oracle(case, seed, device):
     run_and_judge(case, seed, device)
 
 
+@pytest.mark.parametrize("case", cases.upstream_cases(), ids=str)
+def test_upstreams_shapes_match_oracle(case, seed, device):
+    run_and_judge(case, seed, device)
+
+
 @pytest.mark.parametrize("case", cases.large_cases(), ids=str)
 def test_long_prefill_matches_oracle(case, seed, device):
     run_and_judge(case, seed, device)
