@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -23,11 +24,36 @@ def reads_wrong_angles(original: FunctionType, positions: Tensor, rotary_dim: in
     return has_triton and not (power_of_two and positions.is_contiguous())
 
 
-def rope_forward_oot(original: FunctionType) -> Any:
-    """`vllm::npu_rotary_embedding` (0.18.0) and `vllm::rope_forward_oot` (releases/v0.13.0).
+def fits_whole(query_heads: int, key_heads: int, rotary_dim: int, is_neox_style: bool) -> bool:
+    """Whether all heads of a token fit a vector core's memory, as 0.18.0's kernel takes them.
 
-    No tokens are ours too: the release asks torch for a view of nothing by `-1`, which is an error.
+    What triton-ascend 3.2.0 compiles for Ascend910B and 910_93; heads are rounded up to a power of
+    two, and beyond these sizes it ends in `ub overflow`, at the first call.
     """
+    queries, keys = (1 << (heads - 1).bit_length() for heads in (query_heads, key_heads))
+    half = rotary_dim // 2
+    if is_neox_style:
+        return (queries + keys) * half <= 12288
+    return max(queries, keys) * half <= 2048
+
+
+def fits_tiled(_query_heads: int, _key_heads: int, rotary_dim: int, is_neox_style: bool) -> bool:
+    """The same of 0.23.0's kernel, which takes 64 heads at a time, and 32 in GPT-J style."""
+    return rotary_dim <= (256 if is_neox_style else 128)
+
+
+def rope_forward_oot(original: FunctionType) -> Any:
+    """`vllm::npu_rotary_embedding` (0.18.0) and `vllm::rope_forward_oot` (releases/v0.13.0)."""
+    return _operator(original, fits_whole)
+
+
+def rope_forward_oot_tiled(original: FunctionType) -> Any:
+    """`vllm::npu_rotary_embedding` of 0.23.0."""
+    return _operator(original, fits_tiled)
+
+
+def _operator(original: FunctionType, fits: Callable[[int, int, int, bool], bool]) -> Any:
+    """No tokens are ours too: the release asks torch for a view of nothing by `-1`, an error."""
 
     def rope_forward_oot(
         positions: Any,
@@ -39,8 +65,11 @@ def rope_forward_oot(original: FunctionType) -> Any:
         is_neox_style: bool,
         offsets: Any = None,
     ) -> Any:
-        wrong = reads_wrong_angles(original, positions, rotary_dim) or query.shape[0] == 0
-        if offsets is None and wrong:
+        q_heads, k_heads = (x.shape[1:].numel() // head_size for x in (query, key))
+        wrong = reads_wrong_angles(original, positions, rotary_dim)
+        if original.__globals__["HAS_TRITON"]:
+            wrong = wrong or not fits(q_heads, k_heads, rotary_dim, is_neox_style)
+        if offsets is None and (wrong or query.shape[0] == 0):
             return rotary_embedding(
                 positions,
                 query,

@@ -14,14 +14,14 @@ ASCEND_FUSED = "vllm_ascend.ops.triton.linearnorm"
 ASCEND_IMPL = "ascend_patch.impl.rotary_ascend"
 
 
-def _operator(name: str) -> Target:
+def _operator(name: str, replacement: str = "rope_forward_oot") -> Target:
     """The registered operator; its implementation has one body in every release that has it."""
     return Target(
         symbol=f"{ASCEND}:rope_forward_oot",
         seam="operator",
         operator=name,
         assigned_by=ASCEND_REGISTRATION,
-        replacement=f"{ASCEND_IMPL}:rope_forward_oot",
+        replacement=f"{ASCEND_IMPL}:{replacement}",
         oracle=REFERENCE,
         context=(
             f"{ASCEND_TRITON}:rope_forward_triton",
@@ -82,19 +82,17 @@ NO_KEY = _method("AscendRotaryEmbedding", "without_a_key", NOTHING)
 GIVEN_ANGLES = _method("AscendApplyRotaryEmb", "apply_rotary_emb")
 GIVEN_ANGLES_0_13 = _method("AscendApplyRotaryEmb", "apply_rotary_emb_0_13")
 LAYERS = (NO_KEY, MROPE, GIVEN_ANGLES)
-OPERATORS = (
-    _operator("vllm::npu_rotary_embedding"),
-    _fused("qkv_rmsnorm_rope"),
-    _fused_by_axis(),
-)
+FUSED = (_fused("qkv_rmsnorm_rope"), _fused_by_axis())
+TILED = _operator("vllm::npu_rotary_embedding", "rope_forward_oot_tiled")
+YARN = _built("AscendYaRNRotaryEmbedding", "_layers:knows_its_method")
 
 BANDS = (
-    Band("vllm_ascend", "", ("0.23.0", "releases/v0.23.0"), OPERATORS + LAYERS),
+    Band("vllm_ascend", "", ("0.23.0", "releases/v0.23.0"), (TILED, *FUSED, *LAYERS)),
     Band(
         "vllm_ascend",
         "",
         ("0.18.0", "releases/v0.18.0"),
-        (*OPERATORS, *LAYERS, _built("AscendYaRNRotaryEmbedding", "_layers:knows_its_method")),
+        (_operator("vllm::npu_rotary_embedding"), *FUSED, *LAYERS, YARN),
     ),
     Band(
         "vllm_ascend",

@@ -98,6 +98,8 @@ def test_only_the_wrong_cases_reach_our_kernel(ascend, seed):
 before = rotary()
 import ascend_patch
 for n in (64, 128, 96): error(n)
+# More heads, in this style, than the kernel of 0.18.0 compiles for on an NPU.
+assert error(128, head_size=128, heads=40, tokens=2, neox=False) < 1e-5
 found = ascend_patch.status()
 print(json.dumps([before, rotary(), found["kernels"], found["host"]]))
 """
@@ -105,8 +107,8 @@ print(json.dumps([before, rotary(), found["kernels"], found["host"]]))
     assert host == "vllm_ascend"
     assert {t["state"] for t in before["targets"]} == {"applied"}
     counts = {t["id"]: t["calls"] for t in after["targets"] if t["calls"]}
-    assert counts == {"vllm::npu_rotary_embedding": 3}
-    assert kernels == {"ascend_patch::rotary_embedding": 1}
+    assert counts == {"vllm::npu_rotary_embedding": 4}
+    assert kernels == {"ascend_patch::rotary_embedding": 2 if ascend.release == "0.18.0" else 1}
 
 
 def test_revert_gives_the_operator_back(ascend, seed):
