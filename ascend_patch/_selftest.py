@@ -47,14 +47,15 @@ class Case:
 
     Attributes:
         name: For messages: what is called, with which shapes.
-        judge: Runs ours and says how right it is; it may raise, which counts as wrong.
+        judge: Runs ours and says how right it is; None where there is nothing to run any more. It
+            may raise, which counts as wrong.
         withdraw: Takes the implementation that served out of use and returns its name; empty
             where it is the last one.
         warm: Compiles what serving will use, once all is well.
     """
 
     name: str
-    judge: Callable[[], Verdict]
+    judge: Callable[[], Verdict | None]
     withdraw: Callable[[], str] = lambda: ""
     warm: Callable[[], object] = lambda: None
 
@@ -175,11 +176,13 @@ def run(cases: Sequence[Case]) -> Result:
 def _first_wrong(cases: Sequence[Case], result: Result) -> tuple[Case, str] | None:
     result.cases, result.ulps, result.share = 0, 0.0, 0.0
     for case in cases:
-        result.cases += 1
         try:
             verdict = case.judge()
         except Exception as error:
             return case, f"{case.name}: {type(error).__name__}: {error}"
+        if verdict is None:
+            continue
+        result.cases += 1
         if verdict.wrong:
             return case, f"{case.name}: {verdict.wrong}"
         result.ulps = max(result.ulps, verdict.ulps)

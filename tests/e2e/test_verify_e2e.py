@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import _env
 import _server
 import pytest
 from server import Lab, Setup, wait_until
@@ -15,6 +16,7 @@ from server import Lab, Setup, wait_until
 EAGER = Setup()
 BFLOAT16 = Setup(dtype="bfloat16", raw_logits=True)
 COMPILED = Setup(compiled=True)
+NEWEST = Setup(release=_env.NEWEST)
 CALLS = 100
 REFUSAL_SECONDS = 120
 VERIFY, SELFTEST = "ASCEND_PATCHES_VERIFY", "ASCEND_PATCHES_SELFTEST"
@@ -50,6 +52,7 @@ def tokens(answers: tuple[Any, ...]) -> list[tuple[int, ...]]:
     [
         pytest.param(EAGER, id="float32"),
         pytest.param(BFLOAT16, id="bfloat16", marks=pytest.mark.slow),
+        pytest.param(NEWEST, id="newest", marks=pytest.mark.slow),
     ],
 )
 def test_a_server_that_is_right_says_so_and_how_much(

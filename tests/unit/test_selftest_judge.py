@@ -10,7 +10,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from ascend_patch.kernels.rope import cases, fused_cases, selftest  # noqa: E402
+from ascend_patch.kernels.rope import angles_cases, cases, fused_cases, selftest  # noqa: E402
+from ascend_patch.kernels.rope import oracle as product  # noqa: E402
 from ascend_patch.kernels.selftest import Expected, Verdict, fault, judge, ulp  # noqa: E402
 
 KERNEL_TESTS = Path(__file__).resolve().parents[1] / "kernels"
@@ -113,18 +114,44 @@ SOME = [*cases.correctness_cases()[::9], *cases.mrope_cases()[::3]]
 def test_the_oracles_agree(case, oracle, seed):
     positions, query, key, cache = cases.make_inputs(case, seed)
     section = case.mrope_section, case.mrope_interleaved
-    ours = selftest.phases(positions, cache, *section)
+    ours = product.phases(positions, cache, *section)
     theirs = oracle.phases(positions, cache, *section)
     assert torch.equal(ours, torch.from_numpy(theirs))
     for x in (query, key):
         if x is None:
             continue
-        found = selftest.rotated(x, ours, case.head_size, case.is_neox_style)
+        found = product.rotated(x, ours, case.head_size, case.is_neox_style)
         expected = oracle.rotate(x, theirs, case.head_size, case.is_neox_style)
         torch.testing.assert_close(
             found.value, torch.from_numpy(expected.value), rtol=0, atol=1e-13
         )
         assert torch.equal(found.weight, torch.from_numpy(expected.weight))
+
+
+@pytest.mark.parametrize("case", angles_cases.angles_cases()[::5], ids=str)
+def test_the_oracle_of_given_angles_is_the_definition(case, seed):
+    """Each pair of each head, times cos + i sin of its place."""
+    x, cos, sin = (t.double() for t in angles_cases.make_angles_inputs(case, seed))
+    found = product.angles_expected(x, cos, sin, case.is_neox_style).value
+    half = case.rotary_dim // 2
+    pairs = [(j, j + half) if case.is_neox_style else (2 * j, 2 * j + 1) for j in range(half)]
+    expected = x.clone()
+    for j, (a, b) in enumerate(pairs):
+        c, s = cos[..., j].unsqueeze(-1), sin[..., j].unsqueeze(-1)
+        expected[..., a] = x[..., a] * c - x[..., b] * s
+        expected[..., b] = x[..., b] * c + x[..., a] * s
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_a_result_that_is_rounded_many_times_is_held_to_the_bound_alone(seed):
+    got, expected = made(torch.float32, seed)
+    step = ulp(got.double(), torch.float32)
+    off = (got.double() + 2 * step).to(torch.float32)
+    near = Expected(expected.value, 4 * step / (4 * 2.0**-23))
+    # Beyond an ulp at the weight's magnitude too, so that the second rule alone decides.
+    small = Expected(expected.value, near.weight / 8)
+    assert not judge(off, near, share_within_an_ulp=False).wrong
+    assert judge(off, small).wrong
 
 
 def test_the_fused_oracle_is_the_definition(seed):
@@ -137,11 +164,11 @@ def test_the_fused_oracle_is_the_definition(seed):
     x = head / (head.pow(2).mean() + case.eps).sqrt() * (weight + case.weight_offset)
     x = x + call.biases["q_bias"].double()
     axes = (positions.long(), cache, case.rope.mrope_section, case.rope.mrope_interleaved)
-    phase = selftest.phases(*axes)[t]
+    phase = product.phases(*axes)[t]
     half = phase.shape[0]
     for j in range(half):
         a, b = (j, j + half) if case.rope.is_neox_style else (2 * j, 2 * j + 1)
         cos, sin = phase[j].real, phase[j].imag
         x[a], x[b] = x[a] * cos - x[b] * sin, x[b] * cos + x[a] * sin
-    found = selftest.fused_expected(call.tensors, call.biases, call.options)[0].value
+    found = product.fused_expected(call.tensors, call.biases, call.options)[0].value
     torch.testing.assert_close(found[t, :size], x, rtol=0, atol=1e-12)

@@ -250,6 +250,21 @@ def test_an_original_that_raises_is_not_compared(there, site):
     ]
 
 
+def test_ours_without_memory_for_it_is_not_wrong(there):
+    def ours(x):
+        x.mul_(5)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    sys.modules["ap_ours"].greedy = lambda original: ours
+    module = there.arm(traced("scale", "greedy"))
+    x = torch.ones(2)
+    with there.step():
+        assert module.scale(x).tolist() == [2.0, 2.0]
+    assert x.tolist() == [1.0, 1.0]
+    assert there.patch.state == "applied"
+    assert "out of memory" in there.found["notes"][0]
+
+
 def test_tensors_without_data_are_not_compared(there):
     module = there.arm(traced("scale", "right"))
     with there.step():
