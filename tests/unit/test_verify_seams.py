@@ -1,107 +1,23 @@
-"""Ours beside the original on real seams: eager, compiled, in place, and what a difference does."""
+"""Ours beside the original on real seams, and what a difference does."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 import threading
-import types
 
 import pytest
 
-from ascend_patch import _verify
-from ascend_patch._apply import Applier
 from ascend_patch._registry import Target
-from ascend_patch._runtime import Refusal
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-SOURCE = """
-def scale(x):
-    return x * 2
-
-def scale_(x):
-    x *= 2
-
-def both(x):
-    return scale(x) + scale(x + 1)
-
-class Layer:
-    def forward(self, x, key=None):
-        x *= 2
-        return x, key
-"""
-
-
-class Site:
-    """A patch on `ap_m`, compared; `ours` may be changed to be wrong."""
-
-    def __init__(self, bench) -> None:
-        self.bench = bench
-        self.failed: list[tuple[str, str]] = []
-        self.refuses = False
-
-    def arm(self, *targets: Target, calls: int | None = None) -> types.ModuleType:
-        bench = self.bench
-        self.verification = _verify.Verification(
-            {"demo": calls}, bench.state, self._fail, lambda: bench.applier.give_back()
-        )
-        bench.applier = Applier(bench.state, bench.finder, self.verification)
-        bench.arm(*targets)
-        return importlib.import_module("ap_m")
-
-    def _fail(self, patch: str, reason: str) -> None:
-        self.failed.append((patch, reason))
-        self.bench.applier.condemn(patch, reason)
-        if self.refuses:
-            raise Refusal(reason)
-
-    def step(self):
-        return self.verification.step()
-
-    @property
-    def patch(self):
-        return self.bench.state.patches["demo"]
-
-    @property
-    def compared(self) -> int:
-        return self.verification.as_data()["demo"]["compared"]
-
-    @property
-    def found(self) -> dict:
-        return self.verification.as_data()["demo"]
+from verified_site import built, traced  # noqa: E402
 
 
 @pytest.fixture
 def there(site, bench):
-    site.write("ap_m", SOURCE)
-    ours = sys.modules["ap_ours"] = types.ModuleType("ap_ours")
-    # Right, but not bit by bit, and wrong by half.
-    ours.right = lambda original: lambda x: x + x * (1 + 2**-23)
-    ours.wrong = lambda original: lambda x: x * 3
-    ours.not_a_number = lambda original: lambda x: x * float("nan")
-    ours.raises = lambda original: lambda x: 1 / 0
-    ours.returns_it = lambda original: lambda x: x.mul_(2)
-
-    def layer(original):
-        return lambda self, x, key=None: (x * 2, key)
-
-    def wrong_layer(original):
-        return lambda self, x, key=None: (x * 3, key)
-
-    def oracle(original):
-        return lambda x: x * 3
-
-    ours.layer, ours.wrong_layer, ours.oracle = layer, wrong_layer, oracle
-    ours.host = lambda wrapped, instance, args, kwargs: wrapped(*args, **kwargs)
-    ours.wrong_host = lambda wrapped, instance, args, kwargs: wrapped(*args, **kwargs) + 1
-    torch._dynamo.reset()
-    yield Site(bench)
-    torch._dynamo.reset()
-
-
-def traced(name: str, ours: str, **more) -> Target:
-    return Target(f"ap_m:{name}", "traced", f"ap_ours:{ours}", **more)
+    yield from built(site, bench)
 
 
 def test_what_agrees_is_compared_and_ours_is_returned(there):
@@ -282,75 +198,6 @@ def test_nothing_random_is_drawn(there):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# Compiled
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_the_form_that_compares_is_traced_whole(there, backend):
-    module = there.arm(traced("scale", "wrong"))
-    x = torch.rand(4)
-    forward = torch.compile(lambda x: module.both(x) + 1, backend=backend, fullgraph=True)
-    with there.step():
-        found = forward(x)
-    torch.testing.assert_close(found, x * 3 + (x + 1) * 3 + 1)
-    assert there.compared == 0
-    assert there.verification.of("demo").compiled
-    # Not counted either, as without the comparison.
-    assert there.bench.state.counters.value("demo/ap_m:scale") == 0
-
-
-def test_a_graph_with_ours_in_it_needs_a_restart(there):
-    module = there.arm(traced("scale", "wrong"))
-    x = torch.rand(4)
-    torch.compile(module.both, backend="eager", fullgraph=True)(x)
-    with there.step():
-        assert torch.equal(module.scale(x), x * 2)
-    assert there.patch.state == "failed"
-    assert there.patch.reason.startswith("restart without it: ")
-
-
-def test_a_captured_graph_needs_a_restart(there, monkeypatch):
-    """As CUDA and torch_npu say it; there is no device here that captures."""
-    capturing = [True]
-    monkeypatch.setattr(
-        torch, "cpu", types.SimpleNamespace(is_current_stream_capturing=lambda: capturing[0])
-    )
-    module = there.arm(traced("scale", "wrong"))
-    x = torch.rand(4)
-    with there.step():
-        assert torch.equal(module.scale(x), x * 3)
-        assert there.compared == 0
-        capturing[0] = False
-        assert torch.equal(module.scale(x), x * 2)
-    assert there.patch.reason.startswith("restart without it: ")
-
-
-def test_compiled_calls_of_an_operator_are_compared(there, site):
-    """The body of an operator runs as Python in compiled graphs too."""
-    site.write("ap_m", "def scale(x):\n    return x * 2\n")
-    host = importlib.import_module("ap_m")
-    library = torch.library.Library("ap_ops", "FRAGMENT")
-    library.define("verified(Tensor x) -> Tensor")
-    library.impl("verified", host.scale, "CPU")
-    library.impl("verified", lambda x: torch.empty_like(x), "Meta")
-    target = Target(
-        "ap_m:scale", "operator", "ap_ours:wrong", operator="ap_ops::verified", dispatch_key="CPU"
-    )
-    try:
-        there.arm(target)
-        x = torch.rand(4)
-        call = torch.compile(lambda x: torch.ops.ap_ops.verified(x) + 1, backend="eager")
-        torch.testing.assert_close(call(x), x * 3 + 1)
-        with there.step():
-            torch.testing.assert_close(call(x), x * 2 + 1)
-        # No graph holds ours: the next call goes through the dispatcher.
-        assert there.patch.reason.startswith("verification: ap_ops::verified, call 1: ")
-        torch.testing.assert_close(call(x), x * 2 + 1)
-    finally:
-        there.bench.applier.revert("demo")
-        library._destroy()
-
-
 def test_another_thread_has_ours_while_the_original_runs_in_this_one(there, site):
     site.write(
         "ap_m",
@@ -387,93 +234,6 @@ def test_what_needs_a_patch_that_differs_goes_with_it(there):
     assert there.bench.state.patches["needy"].state == "failed"
     assert "it needs patch demo, which failed" in there.bench.state.patches["needy"].reason
     assert module.both(x).tolist() == [6.0, 6.0]
-
-
-# Oracles
-
-
-def test_an_original_that_is_wrong_has_an_oracle_in_its_place(there):
-    module = there.arm(traced("scale", "wrong", oracle="ap_ours:oracle"))
-    x = torch.rand(4)
-    with there.step():
-        assert torch.equal(module.scale(x), x * 3)
-    assert (there.compared, there.patch.state) == (1, "applied")
-
-
-def test_where_ours_is_not_the_oracle_s_the_host_s_own_runs(there):
-    module = there.arm(traced("scale", "right", oracle="ap_ours:oracle"))
-    x = torch.rand(4)
-    with there.step():
-        assert torch.equal(module.scale(x), x * 2)
-    assert there.patch.state == "failed"
-
-
-def test_an_oracle_sees_oracles_in_what_it_calls(there):
-    """`both` calls `scale`, which the release has wrong: neither makes the other one wrong."""
-    sys.modules["ap_ours"].both = lambda original: lambda x: original(x)
-    module = there.arm(traced("both", "both"), traced("scale", "wrong", oracle="ap_ours:oracle"))
-    x = torch.rand(4)
-    with there.step():
-        assert torch.equal(module.both(x), x * 3 + (x + 1) * 3)
-    assert there.patch.state == "applied", there.patch.reason
-    assert there.compared == 3
-
-
-def test_an_original_has_nothing_of_ours_in_what_it_calls(there):
-    """The control: ours in `scale`, seen through `both` alone, is a difference."""
-    sys.modules["ap_ours"].both = lambda original: lambda x: original(x)
-    module = there.arm(traced("both", "both"), traced("scale", "wrong", oracle="nothing"))
-    x = torch.rand(4)
-    with there.step():
-        assert torch.equal(module.both(x), x * 2 + (x + 1) * 2)
-    assert there.patch.reason.startswith("verification: ap_m:both, call 1")
-
-
-def test_the_reference_stands_in_for_kernels(there):
-    from ascend_patch.kernels import dispatch
-
-    wrong_by = [0.0]
-    dispatch.register("ap_scale", "cpu", dispatch.Implementation("reference", lambda x: x * 3))
-    fast = dispatch.Implementation("fast", lambda x: x * 3 + wrong_by[0], priority=10)
-    dispatch.register("ap_scale", "cpu", fast)
-
-    def ours(x):
-        found = dispatch.select("ap_scale", "cpu", x).implementation
-        assert found is not None
-        return found.run(x)
-
-    sys.modules["ap_ours"].kernel = lambda original: ours
-    try:
-        module = there.arm(traced("scale", "kernel", oracle="reference"))
-        x = torch.rand(4)
-        with there.step():
-            assert torch.equal(module.scale(x), x * 3)
-            assert there.patch.state == "applied"
-            wrong_by[0] = 1.0
-            assert torch.equal(module.scale(x), x * 2)
-        assert there.patch.state == "failed"
-    finally:
-        for name in ("fast", "reference"):
-            dispatch.unregister("ap_scale", "cpu", name)
-
-
-def test_a_host_seam_is_compared_where_it_asks_for_it(there):
-    quiet = Target("ap_m:scale", "host", "ap_ours:wrong_host")
-    module = there.arm(quiet)
-    x = torch.rand(4)
-    with there.step():
-        assert torch.equal(module.scale(x), x * 2 + 1)
-    assert (there.compared, there.patch.state) == (0, "applied")
-
-
-@pytest.mark.parametrize(("ours", "state"), [("host", "applied"), ("wrong_host", "failed")])
-def test_a_host_seam_that_asks_for_it(there, ours, state):
-    module = there.arm(Target("ap_m:scale", "host", f"ap_ours:{ours}", oracle="original"))
-    x = torch.rand(4)
-    with there.step():
-        assert torch.equal(module.scale(x), x * 2)
-    assert there.compared == 1
-    assert there.patch.state == state
 
 
 # STRICT
