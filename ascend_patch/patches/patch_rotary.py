@@ -37,6 +37,8 @@ PATCH = Patch(
         "vllm_ascend, MiniMax: its norm over all ranks' heads (split_qkv_tp_rmsnorm_rope) keeps "
         "the angles gathered once a step; 310P: it has rotary classes of its own, or in 0.11 and "
         "0.13 other operators; A5: qkv_rmsnorm_rope_simt",
+        "vllm_ascend, Llama 3, linear and dynamic NTK scaling: it has no classes for them, and on an "
+        "NPU they run vLLM's own torch code",
         "vllm_ascend, torchair's graph mode of 0.11: it replaces the rotary methods by its own",
     ),
 )
