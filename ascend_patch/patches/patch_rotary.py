@@ -28,17 +28,17 @@ PATCH = Patch(
         "vllm, Qwen3 and Qwen3-MoE: norm and rotation stay two steps on a CPU, with dual chunk "
         "attention, other rotary classes or norms, and under VLLM_BATCH_INVARIANT",
         "vllm on ROCm and XPU: every layer, though its targets are applied",
-        "vllm_ascend, npu_rotary_embedding with rotary_dim a power of two, or no Triton; "
-        "qkv_rmsnorm_rope in bfloat16 on one tile of tokens a core; Qwen3-VL's and Qwen3.5's "
-        "operator with angles by axis; npu_rotary_mul and npu_mrope within their limits: the "
+        "vllm_ascend, npu_rotary_embedding with rotary_dim a power of two and heads that its kernel "
+        "compiles for, or without Triton; qkv_rmsnorm_rope in bfloat16 on one tile of tokens a core; "
+        "Qwen3-VL's and Qwen3.5's operator with angles by axis; npu_rotary_mul and npu_mrope within their limits: the "
         "release is right there and runs, and its fusion passes match as before",
         "vllm_ascend, MLA and SFA (DeepSeek, GLM-5, Kimi): they gain nothing; attention rotates by "
         "npu_interleave_rope and npu_kv_rmsnorm_rope_cache, or by kernels it imports by name",
         "vllm_ascend, MiniMax: its norm over all ranks' heads (split_qkv_tp_rmsnorm_rope) keeps "
         "the angles gathered once a step; 310P: it has rotary classes of its own, or in 0.11 and "
         "0.13 other operators; A5: qkv_rmsnorm_rope_simt",
-        "vllm_ascend, Llama 3, linear and dynamic NTK scaling: it has no classes for them, and on an "
-        "NPU they run vLLM's own torch code",
+        "vllm_ascend, Llama 3, linear and dynamic NTK scaling: it has no classes for them, and "
+        "they run vLLM's own torch code on an NPU",
         "vllm_ascend, torchair's graph mode of 0.11: it replaces the rotary methods by its own",
     ),
 )
