@@ -28,10 +28,10 @@ PATCH = Patch(
         "vllm, Qwen3 and Qwen3-MoE: norm and rotation stay two steps on a CPU, with dual chunk "
         "attention, other rotary classes or norms, and under VLLM_BATCH_INVARIANT",
         "vllm on ROCm and XPU: every layer, though its targets are applied",
-        "vllm_ascend, npu_rotary_embedding with rotary_dim a power of two and heads that its kernel "
-        "compiles for, or without Triton; qkv_rmsnorm_rope in bfloat16 on one tile of tokens a core; "
-        "Qwen3-VL's and Qwen3.5's operator with angles by axis; npu_rotary_mul and npu_mrope within their limits: the "
-        "release is right there and runs, and its fusion passes match as before",
+        "vllm_ascend, where the release is right it runs, and its fusion passes match as before: "
+        "npu_rotary_embedding without Triton, or with rotary_dim a power of two and heads that its "
+        "kernel compiles for; qkv_rmsnorm_rope in bfloat16 on one tile of tokens a core; Qwen3-VL's "
+        "and Qwen3.5's operator with angles by axis; npu_rotary_mul and npu_mrope in their limits",
         "vllm_ascend, MLA and SFA (DeepSeek, GLM-5, Kimi): they gain nothing; attention rotates by "
         "npu_interleave_rope and npu_kv_rmsnorm_rope_cache, or by kernels it imports by name",
         "vllm_ascend, MiniMax: its norm over all ranks' heads (split_qkv_tp_rmsnorm_rope) keeps "
