@@ -30,7 +30,7 @@ PATCH = Patch(
         "vllm on ROCm and XPU: every layer, though its targets are applied",
         "vllm_ascend, where the release is right it runs, and its fusion passes match as before: "
         "npu_rotary_embedding without Triton, or with rotary_dim a power of two and heads that its "
-        "kernel compiles for; qkv_rmsnorm_rope in bfloat16 on one tile of tokens a core; Qwen3-VL's "
+        "kernel takes; qkv_rmsnorm_rope in bfloat16 and one tile of tokens a core; Qwen3-VL's "
         "and Qwen3.5's operator with angles by axis; npu_rotary_mul and npu_mrope in their limits",
         "vllm_ascend, MLA and SFA (DeepSeek, GLM-5, Kimi): they gain nothing; attention rotates by "
         "npu_interleave_rope and npu_kv_rmsnorm_rope_cache, or by kernels it imports by name",
