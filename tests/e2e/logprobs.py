@@ -135,6 +135,24 @@ def compare(first: tuple[Answer, ...], second: tuple[Answer, ...]) -> Difference
     return Difference(max(prompts), tuple(prompts), diverged, unlike)
 
 
+def until_parted(
+    first: tuple[Answer, ...], second: tuple[Answer, ...]
+) -> tuple[tuple[Answer, ...], tuple[Answer, ...]]:
+    """Cut both behind the step at which their tokens part: then they talk about other texts.
+
+    For answers that did not follow each other. Two tokens may be level to the last bit.
+    """
+    counts = [
+        next((i + 1 for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        for one, other in zip(first, second, strict=True)
+        for pairs in [list(zip(one.tokens, other.tokens, strict=True))]
+    ]
+    return (
+        tuple(answer.head(count) for answer, count in zip(first, counts, strict=True)),
+        tuple(answer.head(count) for answer, count in zip(second, counts, strict=True)),
+    )
+
+
 def heads(answers: tuple[Answer, ...], steps: int = FAULTY_STEPS) -> tuple[Answer, ...]:
     """Return the first steps of each answer."""
     return tuple(answer.head(steps) for answer in answers)
