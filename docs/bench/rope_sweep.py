@@ -37,7 +37,7 @@ def variants(
         tile = [tiles.head_tile(n, most) for n in heads]
         if most > 2 * max(tile) or (kind == "early" and not split):
             continue
-        trial = replace(plan, query_tile=tile[0], key_tile=tile[1], split=split)
+        trial = replace(plan, query_tile=tile[0], key_tile=tile[1], split=split, early=False)
         if kind == "early":
             trial = tiles.early_tile(trial)
         if kind == "wide":

@@ -29,13 +29,14 @@ _REST_FACTOR = 4
 _ROW_BYTES = 96
 
 # CUDA, measured on one H200 by `docs/bench/rope_sweep.py` (docs/bench/rope-sweep.txt, which shows
-# how far from the best variant these are). Up to 128 tokens each tile of heads is a program of its
-# own; beyond that a program takes a token. Above 8192 pairs, which no shape there reaches, a
-# thread's share would leave its registers.
+# how far from the best variant these are). Up to 256 tokens each tile of heads is a program of its
+# own, which loads its heads before it waits for the position; beyond that a program takes a token.
+# Above 8192 pairs, which no shape there reaches, a thread's share would leave its registers.
 _CUDA_WARPS = 4
-_CUDA_SPLIT_TOKENS = 128
-_CUDA_SPLIT_PAIRS = 512
+_CUDA_SPLIT_TOKENS = 256
+_CUDA_SPLIT_PAIRS = 1024
 _CUDA_PAIRS = 8192
+_FUSED_SPLIT_PAIRS = 512
 _FUSED_REST_PAIRS = 1024
 # One number of tokens for each variant that a device type has: what a warm-up goes through.
 VARIANTS = {"cuda": (1, _CUDA_SPLIT_TOKENS + 1), "npu": (1,)}
@@ -160,21 +161,11 @@ def fused_unified_buffer_bytes(tiles: Tiles, itemsize: int, is_neox_style: bool)
 def cuda_tiles(
     tokens: int, query_heads: int, key_heads: int, head_size: int, rotary_dim: int
 ) -> Tiles:
-    """Tiles that stay in registers; a small batch is split further."""
-    half_pad, rest_pad = _padded(head_size, rotary_dim)
-    split = tokens <= _CUDA_SPLIT_TOKENS
-    pairs = _CUDA_SPLIT_PAIRS if split else _CUDA_PAIRS
-    most = max(pairs // max(half_pad, rest_pad // 2), 1)
-    return Tiles(
-        query_tile=head_tile(query_heads, most),
-        key_tile=head_tile(key_heads, most),
-        half_pad=half_pad,
-        rest_pad=rest_pad,
-        num_warps=_CUDA_WARPS,
-        split=split,
-        loops=tokens > _CUDA_PROGRAMS,
-        shared_row=False,
-    )
+    """Tiles that stay in registers; a small batch is split further and goes to early_kernel."""
+    heads = query_heads, key_heads
+    if tokens > _CUDA_SPLIT_TOKENS:
+        return _cuda_tiles(tokens, *heads, head_size, rotary_dim, _CUDA_PAIRS)
+    return early_tile(_cuda_tiles(tokens, *heads, head_size, rotary_dim, _CUDA_SPLIT_PAIRS))
 
 
 def fused_cuda_tiles(
@@ -185,15 +176,27 @@ def fused_cuda_tiles(
     The sum of squares then runs over tiles of two layouts; within a warp no barrier is between them
     (16384 tokens, heads of 256 and 64 of them rotary: 104 us instead of 170).
     """
-    tiles = cuda_tiles(tokens, query_heads, key_heads, head_size, rotary_dim)
-    if tiles.split or rotary_dim == head_size:
-        return tiles
-    most = max(_FUSED_REST_PAIRS // max(tiles.half_pad, tiles.rest_pad // 2), 1)
-    return replace(
-        tiles,
+    split = tokens <= _CUDA_SPLIT_TOKENS
+    partial = rotary_dim < head_size
+    pairs = _FUSED_REST_PAIRS if partial else _CUDA_PAIRS
+    if split:
+        pairs = _FUSED_SPLIT_PAIRS
+    tiles = _cuda_tiles(tokens, query_heads, key_heads, head_size, rotary_dim, pairs)
+    return replace(tiles, split=split, num_warps=1 if partial else _CUDA_WARPS)
+
+
+def _cuda_tiles(
+    tokens: int, query_heads: int, key_heads: int, head_size: int, rotary_dim: int, pairs: int
+) -> Tiles:
+    half_pad, rest_pad = _padded(head_size, rotary_dim)
+    most = max(pairs // max(half_pad, rest_pad // 2), 1)
+    return Tiles(
         query_tile=head_tile(query_heads, most),
         key_tile=head_tile(key_heads, most),
-        num_warps=1,
+        half_pad=half_pad,
+        rest_pad=rest_pad,
+        loops=tokens > _CUDA_PROGRAMS,
+        shared_row=False,
     )
 
 
