@@ -141,8 +141,12 @@ def start(order: dict[str, Any], patches: str, arguments: argparse.Namespace) ->
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         environment["ASCEND_PATCHES_STATUS_DIR"] = folder
+        if order["dtype"] == "float32":
+            # Triton's tf32 would turn a difference in the last place into one of a thousandth.
+            environment["TRITON_F32_DEFAULT"] = "ieee"
         if patches:
-            environment |= {"ASCEND_PATCHES": patches, "ASCEND_PATCHES_STRICT": "1"}
+            asked = {"": patches, "_STRICT": "1", "_SELFTEST": "1"}
+            environment |= {f"ASCEND_PATCHES{name}": value for name, value in asked.items()}
         command = [sys.executable, __file__, "--child", json.dumps({**order, "out": str(result)})]
         log = Path(folder) / "log"
         with log.open("w") as file:
@@ -201,7 +205,7 @@ def child(order: dict[str, Any]) -> int:
                 begin = time.perf_counter()
                 generate(llm, SamplingParams, *workload)
                 seconds.setdefault(name, []).append(time.perf_counter() - begin)
-    kernels = called()
+    kernels, proven = called(), self_tests()
     rates = [f"{n} {produced(n) / statistics.median(s):.0f} tokens/s" for n, s in seconds.items()]
     first = [answer.outputs[0].logprobs[0] for answer in answers]
     Path(order["out"]).write_text(
@@ -211,7 +215,7 @@ def child(order: dict[str, Any]) -> int:
                 "first": [{str(t): p.logprob for t, p in top.items()} for top in first],
                 "seconds": seconds,
                 "kernels": kernels,
-                "summary": f"ready in {ready:.0f} s; {', '.join(rates)}; calls {kernels}",
+                "summary": f"ready in {ready:.0f} s; {'; '.join(rates)}; calls {kernels} {proven}",
             }
         )
     )
@@ -243,6 +247,13 @@ def called() -> dict[str, int]:
         return {}
     counters = sys.modules["ascend_patch._runtime"].current().state.counters
     return {n: counters.value(n) for n in counters.names if n.startswith("kernel/")}
+
+
+def self_tests() -> str:
+    """What the self-test at load found, as `ascend-patch status` says it."""
+    runtime = sys.modules.get("ascend_patch._runtime")
+    tests = runtime.current().state.self_tests if runtime else {}
+    return "".join(f"; {patch}: {found}" for patch, found in tests.items())
 
 
 def write_csv(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
