@@ -161,7 +161,7 @@ def run(cases: Sequence[Case]) -> Result:
         while (failed := _first_wrong(cases, result)) is not None:
             case, sentence = failed
             name = case.withdraw()
-            if not name:
+            if not name or any(text.startswith(f"{name} (") for text in result.withdrawn):
                 result.wrong = sentence
                 return result
             result.withdrawn += (f"{name} ({sentence})",)

@@ -130,6 +130,13 @@ def test_where_the_last_one_is_wrong_so_is_the_patch():
     assert kernel.warmed == 0
 
 
+def test_what_stays_wrong_when_it_was_withdrawn_ends_the_test():
+    case = Case("case", lambda: fault("it is off"), lambda: "triton")
+    result = _selftest.run([case])
+    assert result.wrong == "case: it is off"
+    assert result.withdrawn == ("triton (case: it is off)",)
+
+
 def test_nothing_to_try_is_said():
     assert "nothing that it could be tried on" in _selftest.run([]).sentence()
 

@@ -112,6 +112,21 @@ def test_a_kernel_that_raises_is_withdrawn():
     assert "RuntimeError: no such core" in result.withdrawn[0]
 
 
+def test_a_wrong_kernel_that_is_never_the_first_choice_is_withdrawn_too():
+    """What takes over from the first one, for calls that this one turns down."""
+    real = implementation(ROTARY)
+    right = dispatch.Implementation("triton", real.run, priority=10)
+    wrong = dispatch.Implementation("npu_mrope", perturbed(real.run, negate_one), priority=5)
+    for one in (right, wrong):
+        dispatch.register(ROTARY, "cpu", one)
+    result = run(model(Attention(Rotary())))
+    assert not result.wrong
+    assert [text.partition(" (")[0] for text in result.withdrawn] == [
+        f"{ROTARY} by npu_mrope on cpu"
+    ]
+    assert [i.name for i in dispatch.candidates(ROTARY, "cpu")] == ["triton", "reference"]
+
+
 def test_a_wrong_fused_kernel_is_withdrawn_alone():
     real = implementation(FUSED)
     wrong = dispatch.Implementation("triton", perturbed(real.run, negate_one), priority=10)
