@@ -158,15 +158,13 @@ def run(cases: Sequence[Case]) -> Result:
     result, begun = Result(), time.perf_counter()
     _synchronize()
     try:
-        while (failed := _first_wrong(cases, result)) is not None:
+        while (failed := _first_wrong(cases, result) or _first_cold(cases)) is not None:
             case, sentence = failed
             name = case.withdraw()
             if not name or any(text.startswith(f"{name} (") for text in result.withdrawn):
                 result.wrong = sentence
                 return result
             result.withdrawn += (f"{name} ({sentence})",)
-        for case in cases:
-            case.warm()
     finally:
         _synchronize()
         result.seconds = time.perf_counter() - begun
@@ -187,6 +185,15 @@ def _first_wrong(cases: Sequence[Case], result: Result) -> tuple[Case, str] | No
             return case, f"{case.name}: {verdict.wrong}"
         result.ulps = max(result.ulps, verdict.ulps)
         result.share = max(result.share, verdict.share)
+    return None
+
+
+def _first_cold(cases: Sequence[Case]) -> tuple[Case, str] | None:
+    for case in cases:
+        try:
+            case.warm()
+        except Exception as error:
+            return case, f"{case.name}: it could not be warmed: {type(error).__name__}: {error}"
     return None
 
 

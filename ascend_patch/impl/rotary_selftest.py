@@ -15,7 +15,7 @@ from ascend_patch import _compare, _copies
 from ascend_patch._selftest import Case
 from ascend_patch.impl import rotary_trials
 from ascend_patch.kernels import dispatch
-from ascend_patch.kernels.rope import selftest
+from ascend_patch.kernels.rope import selftest, triton_call
 from ascend_patch.kernels.selftest import Verdict, fault
 
 logger = logging.getLogger(__name__)
@@ -75,8 +75,14 @@ def _case(name: str, trial: selftest.RopeTrial, implementation: str) -> Case:
         f"{name} by {implementation}",
         _without_gradients(judged),
         partial(_withdraw, trial, implementation),
-        trial.warm,
+        partial(_warm, trial, implementation),
     )
+
+
+def _warm(trial: selftest.RopeTrial, implementation: str) -> None:
+    if implementation == triton_call.NAME:
+        with dispatch.only(implementation):
+            trial.warm()
 
 
 def _withdraw(trial: selftest.RopeTrial, name: str) -> str:

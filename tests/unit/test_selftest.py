@@ -130,6 +130,20 @@ def test_where_the_last_one_is_wrong_so_is_the_patch():
     assert kernel.warmed == 0
 
 
+def test_a_kernel_that_cannot_be_warmed_is_withdrawn():
+    """It would be compiled while it serves, or while a graph is captured."""
+    kernel = Kernel(triton=FINE, reference=FINE)
+    case = kernel.case()
+
+    def warm() -> None:
+        if "triton" in kernel.left:
+            raise RuntimeError("no compiler")
+
+    result = _selftest.run([Case(case.name, case.judge, case.withdraw, warm)])
+    assert not result.wrong
+    assert result.withdrawn == ("triton (case: it could not be warmed: RuntimeError: no compiler)",)
+
+
 def test_what_stays_wrong_when_it_was_withdrawn_ends_the_test():
     case = Case("case", lambda: fault("it is off"), lambda: "triton")
     result = _selftest.run([case])

@@ -115,7 +115,7 @@ def test_a_kernel_that_raises_is_withdrawn():
 def test_a_wrong_kernel_that_is_never_the_first_choice_is_withdrawn_too():
     """What takes over from the first one, for calls that this one turns down."""
     real = implementation(ROTARY)
-    right = dispatch.Implementation("triton", real.run, priority=10)
+    right = dispatch.Implementation("fast", real.run, priority=10)
     wrong = dispatch.Implementation("npu_mrope", perturbed(real.run, negate_one), priority=5)
     for one in (right, wrong):
         dispatch.register(ROTARY, "cpu", one)
@@ -124,7 +124,7 @@ def test_a_wrong_kernel_that_is_never_the_first_choice_is_withdrawn_too():
     assert [text.partition(" (")[0] for text in result.withdrawn] == [
         f"{ROTARY} by npu_mrope on cpu"
     ]
-    assert [i.name for i in dispatch.candidates(ROTARY, "cpu")] == ["triton", "reference"]
+    assert [i.name for i in dispatch.candidates(ROTARY, "cpu")] == ["fast", "reference"]
 
 
 def test_a_wrong_fused_kernel_is_withdrawn_alone():
