@@ -18,6 +18,9 @@ from server import Lab, Observed, Setup
 
 FLOAT32_TOLERANCE = 1e-4
 BFLOAT16_ULPS = 2
+# The releases' MRoPE rounds every product to bfloat16 where ours rounds the result; text and images
+# of Qwen2.5-VL are up to 5.5 ulp apart by that.
+MROPE_ULPS = 8
 # How much more than the tolerance a wrong RoPE must show, for the comparison to mean anything.
 POWER = 10
 
@@ -69,10 +72,10 @@ MODELS = [
 SETUPS = pytest.mark.parametrize("setup", MODELS)
 
 
-def tolerance(setup: Setup, unpatched: Observed) -> float:
+def tolerance(setup: Setup, unpatched: Observed, ulps: int = BFLOAT16_ULPS) -> float:
     if setup.dtype == "float32":
         return FLOAT32_TOLERANCE
-    return BFLOAT16_ULPS * logprobs.bfloat16_ulp(logprobs.largest(unpatched.answers))
+    return ulps * logprobs.bfloat16_ulp(logprobs.largest(unpatched.answers))
 
 
 @SETUPS
@@ -80,7 +83,7 @@ def test_a_patched_server_gives_the_same_logprobs(
     lab: Lab, setup: Setup, measured: list[str]
 ) -> None:
     unpatched, patched = lab.unpatched(setup), lab.patched(setup)
-    limit = tolerance(setup, unpatched)
+    limit = tolerance(setup, unpatched, MROPE_ULPS if setup.images else BFLOAT16_ULPS)
     found = logprobs.compare(unpatched.answers, patched.answers)
     texts = unpatched.answers[: len(setup.prompts)]
     together = logprobs.compare(*logprobs.until_parted(texts, patched.together))
