@@ -22,6 +22,8 @@ ENVS = "vllm.envs"
 MODEL_LOADER = "vllm.model_executor.model_loader"
 RAY_EXECUTORS = ("vllm.v1.executor.ray_executor", "vllm.executor.ray_distributed_executor")
 RAY_EXECUTOR_CLASS = "RayDistributedExecutor"
+# From 0.20 on there are two, from 0.21 on this one is the default.
+RAY_EXECUTOR_V2, RAY_EXECUTOR_V2_CLASS = "vllm.v1.executor.ray_executor_v2", "RayExecutorV2"
 DISPATCH = "ascend_patch.kernels.dispatch"
 KEY_VARIABLE = "ASCEND_PATCHES_KEY"
 # What a Ray worker must have when its interpreter starts; vLLM's own copy comes after that.
@@ -34,6 +36,7 @@ def install(finder: Finder, runtime: Runtime) -> None:
     finder.watch(MODEL_LOADER, Watch(after=functools.partial(tell_when_loaded, runtime=runtime)))
     for module in RAY_EXECUTORS:
         finder.watch(module, Watch(after=carry_to_ray))
+    finder.watch(RAY_EXECUTOR_V2, Watch(after=carry_to_ray_v2))
     finder.watch(DISPATCH, Watch(after=functools.partial(count_kernels, runtime=runtime)))
     if runtime.verification is not None:
         from ascend_patch import _steps
@@ -94,12 +97,31 @@ def carry_to_ray(module: ModuleType) -> None:
 
     @functools.wraps(original)
     def _init_workers_ray(self: Any, placement_group: Any, **ray_remote_kwargs: Any) -> Any:
-        environment = ray_remote_kwargs.setdefault("runtime_env", {}).setdefault("env_vars", {})
-        for name, value in carried_variables().items():
-            environment.setdefault(name, value)
+        add_our_variables(ray_remote_kwargs.setdefault("runtime_env", {}))
         return original(self, placement_group, **ray_remote_kwargs)
 
     executor._init_workers_ray = _init_workers_ray
+
+
+def carry_to_ray_v2(module: ModuleType) -> None:
+    """The same where the executor builds the runtime environment itself."""
+    executor = getattr(module, RAY_EXECUTOR_V2_CLASS)
+    original: Callable[..., dict[str, Any]] = executor._build_runtime_env
+
+    @functools.wraps(original)
+    def _build_runtime_env(self: Any) -> dict[str, Any]:
+        runtime_env = original(self)
+        add_our_variables(runtime_env)
+        return runtime_env
+
+    executor._build_runtime_env = _build_runtime_env
+
+
+def add_our_variables(runtime_env: dict[str, Any]) -> None:
+    """Put our variables into a Ray runtime environment; what a user gave there wins."""
+    environment = runtime_env.setdefault("env_vars", {})
+    for name, value in carried_variables().items():
+        environment.setdefault(name, value)
 
 
 def carried_variables() -> dict[str, str]:

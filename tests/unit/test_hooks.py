@@ -134,6 +134,19 @@ def test_what_a_user_gives_ray_workers_wins_and_is_kept(executor):
     assert given["runtime_env"]["env_vars"] == {**OURS, "ASCEND_PATCHES": "none", "A": "b"}
 
 
+class RayExecutorV2:
+    def _build_runtime_env(self):
+        return {"working_dir": "/w", "env_vars": {"ASCEND_PATCHES": "none", "A": "b"}}
+
+
+def test_workers_of_the_second_ray_executor_get_them_too(executor):
+    copy = type("RayExecutorV2", (), dict(vars(RayExecutorV2)))
+    _hooks.carry_to_ray_v2(types.SimpleNamespace(RayExecutorV2=copy))
+    given = copy()._build_runtime_env()
+    assert given["working_dir"] == "/w"
+    assert given["env_vars"] == {**OURS, "ASCEND_PATCHES": "none", "A": "b"}
+
+
 def test_ray_workers_get_pythonpath_only_where_the_shim_came_from_it(executor, monkeypatch):
     assert "PYTHONPATH" not in _hooks.carried_variables()
     root = str(__import__("pathlib").Path(_hooks.__file__).parents[1])
