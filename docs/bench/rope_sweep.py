@@ -40,8 +40,6 @@ def variants(
         trial = replace(plan, query_tile=tile[0], key_tile=tile[1], split=split, early=False)
         if kind == "early":
             trial = tiles.early_tile(trial)
-        if kind == "wide":
-            trial = replace(trial, wide=True)
         used = (trial.query_tile, trial.key_tile)
         yield f"{used} warps {warps} split {int(split)} {kind}".rstrip(), trial, warps
 
@@ -113,7 +111,7 @@ def sweep_fused(token_counts: list[int]) -> None:
         call = (*out, None, query._base, positions, cache, weight, weight, None, None)
         call += (q_heads, k_heads, size, 1e-6, True, None, False, 0.0)
         run = fused_call.split_qkv_rmsnorm_rope_into
-        compare(f"fused {shape}", fused_call, tokens, call, 3, run, shape[:2], "wide")
+        compare(f"fused {shape}", fused_call, tokens, call, 3, run, shape[:2], None)
 
 
 def sweep_angles(token_counts: list[int]) -> None:

@@ -15,19 +15,6 @@ from ascend_patch.kernels import dispatch
 from ascend_patch.kernels.rope import tiles, triton_call
 
 OPERATOR = "split_qkv_rmsnorm_rope"
-# What wide_kernel takes of fused_kernel's constants: NeoX style, no sections, no loop over tokens.
-_WIDE_CONSTANTS = [
-    "QUERY_HEADS",
-    "KEY_HEADS",
-    "QUERY_TILE",
-    "KEY_TILE",
-    "HEAD_SIZE",
-    "HEAD_PAD",
-    "HALF",
-    "GATE",
-    "BIAS",
-    "SPLIT",
-]
 
 
 def supports(*call: Any) -> tuple[bool, str]:
@@ -129,18 +116,8 @@ def launch(planned: int, tokens: int, *call: Any) -> None:
         kernel_of(plan)[grid](*values, **constants, **options)
 
 
-def takes_wide(*call: Any) -> bool:
-    """Can wide_kernel take a call that ``supports`` accepted? NeoX style, one position a token."""
-    by_axis = call[16] is not None and call[5].dim() == 2
-    return call[15] and not by_axis and tiles.wide_block(call[13], call[6].shape[1]) > 0
-
-
-def kernel_of(plan: tiles.Tiles) -> Any:
-    """The kernel that a plan is for."""
-    if plan.wide:
-        from ascend_patch.kernels.rope.wide_kernel import wide_kernel
-
-        return wide_kernel
+def kernel_of(_plan: tiles.Tiles) -> Any:
+    """The kernel of every plan, imported with Triton when the first call needs it."""
     from ascend_patch.kernels.rope.fused_kernel import fused_kernel
 
     return fused_kernel
@@ -234,7 +211,4 @@ def arguments(
         "SPLIT": plan.split,
         "LOOPS": plan.loops,
     }
-    if plan.wide:
-        block = tiles.wide_block(head_size, rotary_dim)
-        constants = {name: constants[name] for name in _WIDE_CONSTANTS} | {"BLOCK": block}
     return values, constants

@@ -7,7 +7,6 @@ picks one of two variants of a kernel, so that two compilations serve every batc
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import gcd
 
 # Ascend: a larger grid fails to launch, and a vector core has 192 KiB of unified buffer.
 MAX_PROGRAMS = 65535
@@ -47,8 +46,8 @@ class Tiles:
     """How a launch is cut up: heads a tile, padded widths, and on CUDA warps and the grid's axes.
 
     ``split``: each tile of heads is a program of its own. ``loops``: there are fewer programs than
-    tokens. ``shared_row``: query and key share the row of angles that was read. ``early`` and
-    ``wide``: early_kernel instead of rotary_kernel, wide_kernel of fused_kernel (CUDA only).
+    tokens. ``shared_row``: query and key share the row of angles that was read. ``early``:
+    early_kernel instead of rotary_kernel (CUDA only).
     """
 
     query_tile: int
@@ -60,7 +59,6 @@ class Tiles:
     loops: bool = True
     shared_row: bool = True
     early: bool = False
-    wide: bool = False
 
     def parts(self, query_heads: int, key_heads: int) -> int:
         """Programs that share a token."""
@@ -198,14 +196,6 @@ def _cuda_tiles(
         loops=tokens > _CUDA_PROGRAMS,
         shared_row=False,
     )
-
-
-def wide_block(head_size: int, rotary_dim: int) -> int:
-    """Elements of a block of wide_kernel: a power of two that divides half and head; 0 for none."""
-    half = rotary_dim // 2
-    common = gcd(half, head_size)
-    block = common & -common
-    return block if block >= 8 else 0
 
 
 def early_tile(tiles: Tiles) -> Tiles:

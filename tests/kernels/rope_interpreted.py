@@ -32,7 +32,7 @@ from ascend_patch.kernels.rope import (
 
 SEED = 1
 # A small batch is split by heads, a program takes a token, a program loops: each with few tokens.
-# "split" is early_kernel's; "other" gives it to rotary_kernel, and takes wide_kernel where it can.
+# "split" is early_kernel's for q and k; "other" gives that to rotary_kernel.
 VARIANTS = ("split", "token", "loops", "ascend", "other")
 
 
@@ -70,8 +70,6 @@ def force(variant: str) -> None:
                 return ascend_tiles(*call)
             if variant == "other" and module is triton_call:
                 return replace(_PLANS[module](1, *call), early=False)
-            if variant == "other" and module is fused_call and fused_call.takes_wide(*call):
-                return replace(_PLANS[module](1000, *call), wide=True)
             return replace(_PLANS[module](tokens[variant], *call), loops=variant == "loops")
 
         module.plan_of = forced

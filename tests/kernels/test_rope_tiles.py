@@ -55,16 +55,6 @@ def test_grids_cover_the_tokens_and_stay_below_the_limit(tokens):
     assert parts <= 65535, "the limit of the second axis"
 
 
-@pytest.mark.parametrize(("head_size", "rotary_dim"), cases.HEADS)
-def test_blocks_of_the_wide_kernel_divide_half_and_head(head_size, rotary_dim):
-    block = tiles.wide_block(head_size, rotary_dim)
-    assert block >= 8
-    assert block & (block - 1) == 0
-    assert head_size % block == 0
-    assert rotary_dim // 2 % block == 0
-    assert tiles.wide_block(80, 36) == 0, "18 and 80 share blocks of two only"
-
-
 def test_early_tiles_are_of_one_size_and_cover_the_heads():
     plan = tiles.early_tile(tiles.cuda_tiles(64, 64, 4, 128, 128))
     assert plan.query_tile == plan.key_tile
