@@ -7,7 +7,7 @@ from ascend_patch.patches import _rotary_ascend, _rotary_vllm, _watch, _watch_as
 
 PATCH = Patch(
     id="rotary",
-    version="1",
+    version="2",
     summary="RoPE from cos_sin_cache and positions, in fp32, for any rotary_dim",
     why=(
         "Releases round every product to the model's dtype, read sines from a wrong offset where "
