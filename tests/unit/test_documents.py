@@ -33,7 +33,7 @@ def test_every_recorded_release_is_named():
 def test_every_script_and_command_that_is_named_exists():
     for name in set(re.findall(r"scripts/(\w+)", README)):
         assert (ROOT / "scripts" / name).is_file(), name
-    commands = set(re.findall(r"`?ascend-patch (\w+)", README))
+    commands = set(re.findall(r"`?ascend-patch ([a-z]\w*)", README))
     from ascend_patch.cli import _parser
 
     text = _parser().format_help()
