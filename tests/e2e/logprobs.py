@@ -135,6 +135,17 @@ def compare(first: tuple[Answer, ...], second: tuple[Answer, ...]) -> Difference
     return Difference(max(prompts), tuple(prompts), diverged, unlike)
 
 
+def root_mean_square(first: tuple[Answer, ...], second: tuple[Answer, ...]) -> float:
+    """Return how far the values of the tokens that both name are apart, over all steps."""
+    squares = [
+        (a[token] - b[token]) ** 2
+        for one, other in zip(first, second, strict=True)
+        for a, b in zip(one.steps, other.steps, strict=True)
+        for token in a.keys() & b.keys()
+    ]
+    return math.sqrt(sum(squares) / len(squares)) if squares else math.inf
+
+
 def until_parted(
     first: tuple[Answer, ...], second: tuple[Answer, ...]
 ) -> tuple[tuple[Answer, ...], tuple[Answer, ...]]:
