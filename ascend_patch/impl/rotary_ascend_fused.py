@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -32,36 +32,31 @@ def is_written_for(*tensors: Tensor) -> bool:
 def qkv_rmsnorm_rope(original: FunctionType) -> Any:
     """`vllm::qkv_rmsnorm_rope` of 0.18.0 and 0.23.0."""
 
-    def split_qkv_rmsnorm_rope_impl(
-        input: Tensor,
-        cos_sin_cache: Tensor,
-        positions: Tensor,
-        q_weight: Tensor,
-        k_weight: Tensor,
-        q_hidden_size: int,
-        kv_hidden_size: int,
-        head_dim: int,
-        eps: float,
-        q_bias: Tensor | None = None,
-        k_bias: Tensor | None = None,
-    ) -> Any:
-        call = (input, cos_sin_cache, positions, q_weight, k_weight)
-        sizes = (q_hidden_size, kv_hidden_size, head_dim)
-        fits = is_written_for(input, cos_sin_cache) and positions.is_contiguous()
-        if not fits or (q_bias is None) != (k_bias is None):
-            return _fused(*call, *sizes, eps, q_bias, k_bias)
+    def choose(qkv: Tensor, rope_dim: int, sizes: tuple[int, int, int]) -> Any:
         cores = original.__globals__["get_vectorcore_num"]()
-        rope_dim = cos_sin_cache.shape[-1]
-        if -(-input.shape[0] // cores) > tokens_in_a_tile(*sizes, rope_dim, 2):
-            return _one_by_one(*call, *sizes, eps, q_bias, k_bias)
-        return original(*call, *sizes, eps, q_bias, k_bias)
+        one_tile = -(-qkv.shape[0] // cores) <= tokens_in_a_tile(*sizes, rope_dim, 2)
+        return original if one_tile else _one_by_one
 
-    return split_qkv_rmsnorm_rope_impl
+    return _given_a_cache(choose)
 
 
 def qkv_rmsnorm_rope_branch_0_13(original: FunctionType) -> Any:
     """`vllm::qkv_rmsnorm_rope` of releases/v0.13.0: cos_sin_cache and positions, whole heads."""
 
+    def choose(_qkv: Tensor, rope_dim: int, sizes: tuple[int, int, int]) -> Any:
+        right = rope_dim == sizes[-1] and takes_heads(original, *sizes)
+        return original if right else _fused
+
+    return _given_a_cache(choose)
+
+
+def _given_a_cache(choose: Callable[[Tensor, int, tuple[int, int, int]], Any]) -> Any:
+    """The operator that is given cos_sin_cache and positions.
+
+    ``choose`` says who runs what the release's kernel was written for, by qkv, rotary_dim and the
+    sizes (q, kv, head); all else is ours.
+    """
+
     def split_qkv_rmsnorm_rope_impl(
         input: Tensor,
         cos_sin_cache: Tensor,
@@ -75,13 +70,11 @@ def qkv_rmsnorm_rope_branch_0_13(original: FunctionType) -> Any:
         q_bias: Tensor | None = None,
         k_bias: Tensor | None = None,
     ) -> Any:
-        call = (input, cos_sin_cache, positions, q_weight, k_weight)
         sizes = (q_hidden_size, kv_hidden_size, head_dim)
         fits = is_written_for(input, cos_sin_cache) and positions.is_contiguous()
-        right = fits and cos_sin_cache.shape[-1] == head_dim and takes_heads(original, *sizes)
-        if not right or (q_bias is None) != (k_bias is None):
-            return _fused(*call, *sizes, eps, q_bias, k_bias)
-        return original(*call, *sizes, eps, q_bias, k_bias)
+        both = (q_bias is None) == (k_bias is None)
+        run = choose(input, cos_sin_cache.shape[-1], sizes) if fits and both else _fused
+        return run(input, cos_sin_cache, positions, q_weight, k_weight, *sizes, eps, q_bias, k_bias)
 
     return split_qkv_rmsnorm_rope_impl
 
