@@ -12,7 +12,6 @@ Python sources over Triton where there is no compiled part, which is what an Asc
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -30,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 5
 # name: prompts, tokens of each, new tokens of each
 WORKLOADS = {"prefill": (32, 1000, 1), "decode": (32, 64, 128)}
-COLUMNS = ("mode", "dtype", "patches", "round", "what", "tokens_s", "seconds_p50", "seconds_max")
+COLUMNS = ("mode", "dtype", "patches", "round", "what", "equal_tokens", "tokens_s")
+COLUMNS += ("seconds_p50", "seconds_max")
 CONTROL = "sine negated"
 
 
@@ -86,7 +86,7 @@ def compare(arguments: argparse.Namespace, folder: str) -> int:
             wrong.append(f"{mode}: the control answers the same; this model cannot tell")
         if not ours["kernels"]:
             wrong.append(f"{mode}: no kernel of ours was called")
-        rows.append({"mode": mode, "dtype": "float32", "what": "equal tokens", "tokens_s": same})
+        rows.append({"mode": mode, "dtype": "float32", "what": "answers", "equal_tokens": same})
         for turn in range(arguments.rounds):
             for patches in ("", arguments.patches):
                 found = one(mode, "bfloat16", patches)
@@ -104,7 +104,11 @@ def compare(arguments: argparse.Namespace, folder: str) -> int:
                         }
                     )
     if arguments.out and rows:
-        write_csv(arguments, rows)
+        from _bench_rope import machine, write_csv
+
+        facts = machine(arguments.commit) if arguments.device == "cuda" else {}
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        write_csv(arguments.out / "engine.csv", rows, facts, COLUMNS)
     for sentence in wrong:
         print(f"scripts/bench engine: {sentence}")
     return 1 if wrong else 0
@@ -205,8 +209,12 @@ def child(order: dict[str, Any]) -> int:
                 begin = time.perf_counter()
                 generate(llm, SamplingParams, *workload)
                 seconds.setdefault(name, []).append(time.perf_counter() - begin)
-    kernels, proven = called(), self_tests()
+    shim = state()
+    names = [n for n in shim.counters.names if n.startswith("kernel/")] if shim else []
+    kernels = {name: shim.counters.value(name) for name in names}
+    tested = [f"{patch}: {found}" for patch, found in (shim.self_tests if shim else {}).items()]
     rates = [f"{n} {produced(n) / statistics.median(s):.0f} tokens/s" for n, s in seconds.items()]
+    told = [f"ready in {ready:.0f} s", *rates, f"calls {kernels}", *tested]
     first = [answer.outputs[0].logprobs[0] for answer in answers]
     Path(order["out"]).write_text(
         json.dumps(
@@ -215,7 +223,7 @@ def child(order: dict[str, Any]) -> int:
                 "first": [{str(t): p.logprob for t, p in top.items()} for top in first],
                 "seconds": seconds,
                 "kernels": kernels,
-                "summary": f"ready in {ready:.0f} s; {'; '.join(rates)}; calls {kernels} {proven}",
+                "summary": "; ".join(told),
             }
         )
     )
@@ -241,30 +249,10 @@ def negate_sines(model: Any) -> None:
             cache[:, cache.shape[-1] // 2 :].neg_()
 
 
-def called() -> dict[str, int]:
-    """How often our kernels ran in this process; empty where nothing is patched."""
-    if "ascend_patch._runtime" not in sys.modules:
-        return {}
-    counters = sys.modules["ascend_patch._runtime"].current().state.counters
-    return {n: counters.value(n) for n in counters.names if n.startswith("kernel/")}
-
-
-def self_tests() -> str:
-    """What the self-test at load found, as `ascend-patch status` says it."""
+def state() -> Any:
+    """What the shim has recorded of this process; None where nothing is patched."""
     runtime = sys.modules.get("ascend_patch._runtime")
-    tests = runtime.current().state.self_tests if runtime else {}
-    return "".join(f"; {patch}: {found}" for patch, found in tests.items())
-
-
-def write_csv(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    from _bench_rope import machine
-
-    facts = machine(arguments.commit) if arguments.device == "cuda" else {}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with (arguments.out / "engine.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *facts])
-        writer.writeheader()
-        writer.writerows({**row, **facts} for row in rows)
+    return runtime.current().state if runtime else None
 
 
 if __name__ == "__main__":

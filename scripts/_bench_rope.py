@@ -244,9 +244,15 @@ def measure_fused(shape: tuple[int, ...], tokens: int) -> list[dict[str, Any]]:
     return rows
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]], facts: dict[str, str]) -> None:
+def write_csv(
+    path: Path,
+    rows: list[dict[str, Any]],
+    facts: dict[str, str],
+    columns: tuple[str, ...] = COLUMNS,
+) -> None:
+    """A line a row, each with what it was measured on."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *facts])
+        writer = csv.DictWriter(file, [*columns, *facts])
         writer.writeheader()
         writer.writerows({**row, **facts} for row in rows)
 
