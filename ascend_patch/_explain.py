@@ -127,6 +127,8 @@ def _band_state(band: Band, decision: _plan.Decision, installed: Installed) -> t
         return "superseded", f"{installed.host} is the active host: {installed.host_reason}"
     if band == decision.band:
         return decision.state, decision.reason
+    if not _for_device(band, installed):
+        return "skipped", f"the device is {installed.device}: {installed.device_reason}"
     if not _covers(band, installed):
         return "skipped", f"{installed.host_version} is installed"
     if band.retired:
@@ -142,9 +144,15 @@ def _comes_too_late(band: Band, decision: _plan.Decision) -> bool:
 
 
 def _covers(band: Band, installed: Installed) -> bool:
-    """Whether the version string leaves it open that the band is for this release."""
+    """Whether device and version string leave it open that the band is for this release."""
     final = installed.final_version()
-    return final is None or not band.versions or SpecifierSet(band.versions).contains(final)
+    return _for_device(band, installed) and (
+        final is None or not band.versions or SpecifierSet(band.versions).contains(final)
+    )
+
+
+def _for_device(band: Band, installed: Installed) -> bool:
+    return not band.devices or installed.device in band.devices
 
 
 def _target(target: Target, band: Band, state: str, installed: Installed) -> dict[str, Any]:

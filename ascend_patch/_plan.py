@@ -77,17 +77,22 @@ def decide(patch: Patch, installed: Installed) -> Decision:
             "superseded",
             f"{installed.host} is the active host and this patch has targets in {others} only",
         )
+    if any(band.devices for band in bands):
+        host += f" on {installed.device}"
+        named = "; ".join(band.name for band in bands)
+        bands = [b for b in bands if not b.devices or installed.device in b.devices]
+        if not bands:
+            return Decision(patch, "skipped", f"{host} is nothing that it is written for ({named})")
     final = installed.final_version()
     if final is not None:
+        ranges = ", ".join(dict.fromkeys(band.versions for band in bands if band.versions))
         bands = [b for b in bands if not b.versions or SpecifierSet(b.versions).contains(final)]
         if not bands:
-            ranges = (b.versions for b in patch.bands if b.host == installed.host and b.versions)
-            known = ", ".join(dict.fromkeys(ranges))
             return Decision(
-                patch, "skipped", f"{host} is outside of the releases it is written for ({known})"
+                patch, "skipped", f"{host} is outside of the releases it is written for ({ranges})"
             )
     for band in bands:
-        if band.retired and final is not None:
+        if band.retired and (final is not None or band.whatever_the_release):
             return Decision(patch, "retired", band.retired, band)
     root = installed.roots.get(installed.host)
     if root is None:

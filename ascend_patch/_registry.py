@@ -122,6 +122,9 @@ class Band:
         targets: What is changed; empty where the patch is retired.
         retired: Why these releases need the patch no more.
         label: What sets it apart from an earlier band of the same releases, which comes first.
+        devices: The devices (`_versions.DEVICES`) that it is for; empty is any. A retired band
+            that names devices and no versions holds for whatever is installed, development
+            builds too.
     """
 
     host: Host
@@ -130,6 +133,7 @@ class Band:
     targets: tuple[Target, ...] = ()
     retired: str = ""
     label: str = ""
+    devices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.host not in HOSTS:
@@ -144,8 +148,15 @@ class Band:
     @property
     def name(self) -> str:
         """How lists and messages call it."""
-        name = f"{self.host} {self.versions or ' / '.join(self.releases)}"
+        name = f"{self.host} {self.versions or ' / '.join(self.releases)}".rstrip()
+        if self.devices:
+            name += f" on {' / '.join(self.devices)}"
         return f"{name}, {self.label}" if self.label else name
+
+    @property
+    def whatever_the_release(self) -> bool:
+        """Whether the device alone decides: neither versions nor releases are named."""
+        return bool(self.devices) and not (self.versions or self.releases)
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,13 @@ def installed(tmp_path, monkeypatch):
     data = {"1.0": record, "1.1": record}
     monkeypatch.setattr(_records, "_data", lambda host: data if host == "vllm" else {})
 
-    def make(version: str, source: str = SOURCE, host="vllm", roots=True) -> Installed:
+    def make(
+        version: str, source: str = SOURCE, host="vllm", roots=True, device="cpu"
+    ) -> Installed:
         (tmp_path / "vllm").mkdir(exist_ok=True)
         (tmp_path / "vllm" / "ops.py").write_text(source)
-        return Installed({host: version}, {host: Path(tmp_path)} if roots else {}, host)
+        folders = {host: Path(tmp_path)} if roots else {}
+        return Installed({host: version}, folders, host, device=device)
 
     return make
 
@@ -124,6 +127,37 @@ def test_a_band_without_versions_is_decided_by_the_source(installed):
     band = Band("vllm", "", ("1.0",), TARGETS)
     assert decide(patch(band), installed("0.0.1")).state == "armed"
     assert decide(patch(band), installed("0.0.1", DRIFTED)).state == "skipped"
+
+
+EMULATED = Band("vllm", "==1.0", ("1.0",), TARGETS, devices=("emulated",))
+ELSEWHERE = Band("vllm", "", retired="it is right there", devices=("cuda", "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("version", "device", "source", "state", "reason"),
+    [
+        ("1.0", "emulated", SOURCE, "armed", "the source is that of vllm 1.0"),
+        ("1.0.dev1", "emulated", SOURCE, "armed", "the source is that of vllm 1.0"),
+        ("1.0", "emulated", DRIFTED, "skipped", "the source of vllm 1.0 on emulated is none"),
+        ("1.1", "emulated", SOURCE, "skipped", "vllm 1.1 on emulated is outside of the releases"),
+        ("1.0", "cpu", DRIFTED, "retired", "it is right there"),
+        # Whatever the release: nothing is known of a development build but its device.
+        ("9.9", "cuda", SOURCE, "retired", "it is right there"),
+        ("9.9.dev3+gabc", "cpu", DRIFTED, "retired", "it is right there"),
+        ("unknown", "cpu", SOURCE, "retired", "it is right there"),
+        ("1.0", "npu", SOURCE, "skipped", "vllm 1.0 on npu is nothing that it is written for"),
+    ],
+)
+def test_a_band_may_be_for_some_devices(installed, version, device, source, state, reason):
+    found = decide(patch(EMULATED, ELSEWHERE), installed(version, source, device=device))
+    assert found.state == state
+    assert reason in found.reason
+
+
+def test_what_is_skipped_names_the_releases_of_the_device_alone(installed):
+    other = Band("vllm", ">=3.0", ("1.0",), TARGETS, devices=("cpu",))
+    found = decide(patch(EMULATED, other), installed("1.1", device="emulated"))
+    assert found.reason.endswith("it is written for (==1.0)")
 
 
 def test_a_patch_without_code_says_so(installed):
