@@ -1,0 +1,162 @@
+"""The operators' calls: one for all requests in TND, or one in BSND."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ascend_patch.kernels.attention.batch import Batch
+from ascend_patch.kernels.attention.case import FUSED_INFER_V2, FUSION, Route
+
+# torch_npu's own defaults: as many tokens as there are.
+ALL_TOKENS = 2147483647
+_MASK_SIZE = 2048
+_masks: dict[torch.device, Tensor] = {}
+
+
+class Heads(NamedTuple):
+    """What the layer's heads are like; ``scale`` of the scores, ``sinks`` [num_heads] or None."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    scale: float
+    sinks: Tensor | None
+
+
+def causal_mask(device: torch.device | str) -> Tensor:
+    """[2048, 2048] int8, 1 above the diagonal (masked); made once a device."""
+    device = torch.device(device)
+    found = _masks.get(device)
+    if found is None:
+        ones = torch.ones(_MASK_SIZE, _MASK_SIZE, dtype=torch.int8, device=device)
+        found = _masks[device] = ones.triu_(1)
+    return found
+
+
+def together(
+    route: Route,
+    batch: Batch,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Tensor | None,
+    heads: Heads,
+) -> Tensor:
+    """All requests in one TND call: query [T, Hq, D] to [T, Hq, D].
+
+    key, value: [T, Hk, D] with ``table`` None, or [blocks, block size, Hk * D].
+    """
+    if route.operator == FUSION:
+        return _fusion(route, batch, query, key, value, heads)
+    kv_lens = batch.ends if table is None else batch.kv_lens
+    block_size = 0 if table is None else key.shape[1]
+    mask = causal_mask(query.device) if route.mask == "causal" else None
+    before, behind = _tokens(route.pre_tokens), _tokens(route.next_tokens)
+    if route.operator == FUSED_INFER_V2:
+        sinks = heads.sinks
+        found: Tensor = torch.ops.npu.npu_fused_infer_attention_score_v2.default(
+            query,
+            key,
+            value,
+            atten_mask=mask,
+            actual_seq_qlen=batch.ends,
+            actual_seq_kvlen=kv_lens,
+            block_table=table,
+            # The operator takes sinks in bfloat16 only.
+            learnable_sink=None if sinks is None else sinks.to(torch.bfloat16).contiguous(),
+            num_query_heads=heads.num_heads,
+            num_key_value_heads=heads.num_kv_heads,
+            softmax_scale=heads.scale,
+            pre_tokens=before,
+            next_tokens=behind,
+            input_layout="TND",
+            sparse_mode=route.sparse_mode,
+            block_size=block_size,
+        )[0]
+        return found
+    attention: Tensor = torch.ops.npu.npu_fused_infer_attention_score.default(
+        query,
+        key,
+        value,
+        atten_mask=mask,
+        actual_seq_lengths=batch.ends,
+        actual_seq_lengths_kv=kv_lens,
+        block_table=table,
+        num_heads=heads.num_heads,
+        num_key_value_heads=heads.num_kv_heads,
+        scale=heads.scale,
+        pre_tokens=before,
+        next_tokens=behind,
+        input_layout="TND",
+        sparse_mode=route.sparse_mode,
+        block_size=block_size,
+    )[0]
+    return attention
+
+
+def _fusion(
+    route: Route, batch: Batch, query: Tensor, key: Tensor, value: Tensor, heads: Heads
+) -> Tensor:
+    # A request without queries has no keys here either, and needs no entry.
+    ends = [end for start, end in zip(batch.starts, batch.ends, strict=True) if end > start]
+    mask = None
+    if route.mask == "causal":
+        # This operator takes bool and uint8, not int8.
+        mask = causal_mask(query.device).view(torch.uint8)
+    found: Tensor = torch.ops.npu.npu_fusion_attention.default(
+        query,
+        key,
+        value,
+        heads.num_heads,
+        "TND",
+        atten_mask=mask,
+        scale=heads.scale,
+        pre_tockens=_tokens(route.pre_tokens),
+        next_tockens=_tokens(route.next_tokens),
+        actual_seq_qlen=ends,
+        actual_seq_kvlen=ends,
+        sparse_mode=route.sparse_mode,
+    )[0]
+    return found
+
+
+def alone(route: Route, query: Tensor, key: Tensor, value: Tensor, heads: Heads) -> Tensor:
+    """One request in BSND, with the route's band: query [T, Hq, D], key, value [S, Hk, D]."""
+    found: Tensor = torch.ops.npu.npu_fused_infer_attention_score.default(
+        query[None],
+        key[None],
+        value[None],
+        atten_mask=causal_mask(query.device),
+        num_heads=heads.num_heads,
+        num_key_value_heads=heads.num_kv_heads,
+        scale=heads.scale,
+        pre_tokens=_tokens(route.pre_tokens),
+        next_tokens=_tokens(route.next_tokens),
+        input_layout="BSND",
+        sparse_mode=route.sparse_mode,
+    )[0]
+    return found[0]
+
+
+def single_queries(
+    query: Tensor, key: Tensor, value: Tensor, kv_lens: list[int], heads: Heads
+) -> Tensor:
+    """A query a request in BSND, no mask: query [B, Hq, D], key, value [B, S, Hk, D]."""
+    found: Tensor = torch.ops.npu.npu_fused_infer_attention_score.default(
+        query[:, None],
+        key,
+        value,
+        actual_seq_lengths_kv=kv_lens,
+        num_heads=heads.num_heads,
+        num_key_value_heads=heads.num_kv_heads,
+        scale=heads.scale,
+        input_layout="BSND",
+    )[0]
+    return found[:, 0]
+
+
+def _tokens(found: int | None) -> int:
+    return ALL_TOKENS if found is None else found
