@@ -1,0 +1,8 @@
+"""Gated delta rule: the layers of Qwen3-Next and Qwen3.5."""
+
+from __future__ import annotations
+
+from ascend_patch.kernels.gdn.metadata import ChunkMetadata, ChunkTable, build_chunk_metadata
+from ascend_patch.kernels.gdn.staging import PinnedStaging
+
+__all__ = ["ChunkMetadata", "ChunkTable", "PinnedStaging", "build_chunk_metadata"]
