@@ -73,10 +73,9 @@ MODELS = [
 SETUPS = pytest.mark.parametrize("setup", MODELS)
 
 
-def tolerance(setup: Setup, unpatched: Observed) -> float:
+def tolerance(setup: Setup, unpatched: Observed, ulps: int = BFLOAT16_ULPS) -> float:
     if setup.dtype == "float32":
         return FLOAT32_TOLERANCE
-    ulps = ULPS.get(setup.model, BFLOAT16_ULPS)
     return ulps * logprobs.bfloat16_ulp(logprobs.largest(unpatched.answers))
 
 
@@ -85,7 +84,7 @@ def test_a_patched_server_gives_the_same_logprobs(
     lab: Lab, setup: Setup, measured: list[str]
 ) -> None:
     unpatched, patched = lab.unpatched(setup), lab.patched(setup)
-    limit = tolerance(setup, unpatched)
+    limit = tolerance(setup, unpatched, ULPS.get(setup.model, BFLOAT16_ULPS))
     found = logprobs.compare(unpatched.answers, patched.answers)
     texts = unpatched.answers[: len(setup.prompts)]
     together = logprobs.compare(*logprobs.until_parted(texts, patched.together))
