@@ -109,9 +109,10 @@ def npu_gather_pa_kv_cache(
 ) -> None:
     """Sequences out of ND caches into key and value [T, H, D], one after another, in place.
 
-    ``seq_lens``: [B], or [B + 1] cumulative; ``seq_offset``: [B], the token from whose block on
-    each sequence is read (its place within that block is not looked at). A block that the table
-    or the cache does not have reads as zeros; rows beyond key's end are dropped.
+    ``seq_lens``: int32 [B], or [B + 1] cumulative; ``seq_offset``: int32 [B], the token from whose
+    block on each sequence is read (its place within that block is not looked at). A block that the
+    table or the cache does not have reads as zeros.
+    Raises OperatorError for what the documentation rules out.
     """
     lengths = load_checks.gather_pa_kv_cache(
         key_cache, value_cache, block_tables, seq_lens, key, value, seq_offset, is_seq_lens_cumsum
@@ -120,7 +121,7 @@ def npu_gather_pa_kv_cache(
         blocks, block_size = cache.shape[:2]
         end = 0
         for request, length in enumerate(lengths):
-            start, end = end, min(end + length, out.shape[0])
+            start, end = end, end + length
             first = 0 if seq_offset is None else int(seq_offset[request]) // block_size
             places = torch.arange(end - start)
             columns = first + places // block_size

@@ -12,7 +12,6 @@ from ascend_patch.kernels.npu_ops.errors import OperatorError, require
 from ascend_patch.kernels.npu_ops.settings import allowed, torch_npu_at_least
 
 _MOVED = (torch.float16, torch.bfloat16, torch.int8)
-_SCATTERED = (*_MOVED, torch.float32, torch.uint8, torch.int16, torch.int32)
 ALIGNED = 32  # bytes
 NORM_SINCE = "2.10.0"
 
@@ -70,6 +69,18 @@ def caches(operator: str, key_cache: Tensor, value_cache: Tensor, dims: int) -> 
         )
 
 
+def _as_counted(operator: str, **written: Tensor) -> None:
+    """ATB's kernels find slot s at s * heads * head_size, whatever a cache's strides are."""
+    if allowed("strided_cache"):
+        return
+    for name, cache in written.items():
+        if not cache.is_contiguous():
+            raise OperatorError(
+                f"{operator}: {name} {list(cache.shape)} has strides {list(cache.stride())}; the "
+                "kernel writes as if it were contiguous, to other places"
+            )
+
+
 def reshape_and_cache(
     key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor
 ) -> None:
@@ -85,6 +96,7 @@ def reshape_and_cache(
             "tokens and heads"
         )
     caches(operator, key_cache, value_cache, 3)
+    _as_counted(operator, key_cache=key_cache, value_cache=value_cache)
     _not_empty(operator, key=key, value=value, key_cache=key_cache, value_cache=value_cache)
     _slots(operator, "slot_indices", slots, key.shape[0], key_cache)
 
@@ -95,6 +107,7 @@ def reshape_and_cache_siso(key: Tensor, key_cache: Tensor, slots: Tensor) -> Non
     into(operator, "key", key, key_cache)
     movable(operator, "key", key)
     same_dtype(operator, key=key, key_cache=key_cache)
+    _as_counted(operator, key_cache=key_cache)
     _not_empty(operator, key=key, key_cache=key_cache)
     _slots(operator, "slot_indices", slots, key.shape[0], key_cache)
 
@@ -125,7 +138,7 @@ def scatter_pa_kv_cache(
     for name, x in tensors.items():
         dims, shape = (4, "4-D") if name.endswith("cache") else (3, "[tokens, heads, head_size]")
         _dims(operator, name, x, dims, shape)
-    require(key.dtype in _SCATTERED, operator, f"key is {key.dtype}, not one of {_SCATTERED}")
+    movable(operator, "key", key)
     same_dtype(operator, **tensors)
     for name, x in {**tensors, "slot_mapping": slots}.items():
         require(x.is_contiguous(), operator, f"{name} must be contiguous")

@@ -16,7 +16,9 @@ from ascend_patch.kernels.npu_ops.cache_checks import (
     same_dtype,
 )
 from ascend_patch.kernels.npu_ops.errors import OperatorError, require
-from ascend_patch.kernels.npu_ops.settings import torch_npu_at_least
+from ascend_patch.kernels.npu_ops.settings import allowed, torch_npu_at_least
+
+_MOST_BYTES = 148 * 1024
 
 
 def gather_pa_kv_cache(
@@ -34,11 +36,50 @@ def gather_pa_kv_cache(
     if not torch_npu_at_least(NORM_SINCE):
         raise OperatorError(f"{operator}: exists since torch_npu {NORM_SINCE}")
     _paged(operator, key_cache, value_cache, block_tables, key, value)
-    same_dtype(operator, key=key, key_cache=key_cache)
-    same_dtype(operator, value=value, value_cache=value_cache)
-    lengths = _lengths(operator, "seq_lens", seq_lens, block_tables.shape[0], cumsum)
+    for name, x, cache in (("key", key, key_cache), ("value", value, value_cache)):
+        movable(operator, f"{name}_cache", cache)
+        same_dtype(operator, **{name: x, f"{name}_cache": cache})
+        size = x[0].numel() * x.element_size() if x.shape[0] else 0
+        if size > _MOST_BYTES:
+            raise OperatorError(
+                f"{operator}: a token of {name} is {size} bytes; the most is {_MOST_BYTES}"
+            )
+    _whole(
+        operator,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        block_tables=block_tables,
+        seq_lens=seq_lens,
+        key=key,
+        value=value,
+        seq_offset=seq_offset,
+    )
+    int32(operator, block_tables=block_tables, seq_lens=seq_lens)
+    spans = _lengths(operator, "seq_lens", seq_lens, block_tables.shape[0], cumsum)
     _starts(operator, "seq_offset", seq_offset, block_tables.shape[0])
-    return [end - start for start, end in lengths]
+    if spans[0][0] or spans[-1][1] != key.shape[0]:
+        raise OperatorError(
+            f"{operator}: key has {key.shape[0]} rows and seq_lens go from {spans[0][0]} to "
+            f"{spans[-1][1]}; they must begin with 0 and end with the rows"
+        )
+    if not allowed("absent_blocks"):
+        _blocks(operator, block_tables, key_cache.shape[0])
+    return [end - start for start, end in spans]
+
+
+def _whole(operator: str, **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None and not (x.is_contiguous() and x.numel()):
+            raise OperatorError(
+                f"{operator}: {name} {list(x.shape)} must be contiguous and not empty"
+            )
+
+
+def int32(operator: str, **tensors: Tensor) -> None:
+    """Refuse indices of another dtype."""
+    for name, x in tensors.items():
+        if x.dtype != torch.int32:
+            raise OperatorError(f"{operator}: {name} is {x.dtype}, not torch.int32")
 
 
 def _paged(
@@ -57,10 +98,10 @@ def _paged(
             f"{operator}: key {list(key.shape)} and value {list(value.shape)} must have the same "
             "tokens"
         )
-    if block_table.dim() != 2 or block_table.dtype not in (torch.int32, torch.int64):
+    if block_table.dim() != 2 or not block_table.numel():
         raise OperatorError(
-            f"{operator}: the block table is {list(block_table.shape)} of {block_table.dtype}; it "
-            "must be int32 [batch, blocks]"
+            f"{operator}: the block table {list(block_table.shape)} must be [batch, blocks], not "
+            "empty"
         )
 
 
@@ -122,9 +163,7 @@ def paged_cache_load(
     _paged(operator, key_cache, value_cache, block_table, key, value)
     movable(operator, "key_cache", key_cache)
     same_dtype(operator, key_cache=key_cache, value_cache=value_cache, key=key, value=value)
-    for name, x in {"block_table": block_table, "context_lens": context_lens}.items():
-        if x.dtype != torch.int32:
-            raise OperatorError(f"{operator}: {name} is {x.dtype}, not int32")
+    int32(operator, block_table=block_table, context_lens=context_lens)
     for name, cache in {"key_cache": key_cache, "value_cache": value_cache}.items():
         size = cache.shape[2] * cache.shape[3] * cache.element_size()
         if size % ALIGNED:

@@ -28,7 +28,7 @@ def npu_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[T
 
     Raises OperatorError for dtypes and shapes that the documentation rules out.
     """
-    checks.rms_norm("npu_rms_norm", input, gamma)
+    checks.rms_norm("npu_rms_norm", input, gamma, mixed=True)
     return _normalised(input, gamma, epsilon)
 
 
@@ -57,7 +57,7 @@ def npu_gemma_rms_norm(
     input: Tensor, gamma: Tensor, epsilon: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     """``npu_rms_norm`` with 1 + gamma in gamma's place, the sum in float32."""
-    checks.rms_norm("npu_gemma_rms_norm", input, gamma)
+    checks.rms_norm("npu_gemma_rms_norm", input, gamma, mixed=False)
     y, rstd = _normalised(input.float(), gamma.float() + 1, epsilon)
     return y.to(input.dtype), rstd
 

@@ -12,6 +12,8 @@ _MOST_DIMS = 8
 
 
 def _gamma(operator: str, name: str, x: Tensor, gamma: Tensor) -> None:
+    if not 1 <= x.dim() <= _MOST_DIMS:
+        raise OperatorError(f"{operator}: {name} has {x.dim()} dimensions, not 1 to {_MOST_DIMS}")
     shape, weight = tuple(x.shape), tuple(gamma.shape)
     if not weight or len(weight) > x.dim() or shape[x.dim() - len(weight) :] != weight:
         raise OperatorError(
@@ -19,22 +21,15 @@ def _gamma(operator: str, name: str, x: Tensor, gamma: Tensor) -> None:
         )
 
 
-def _dims(operator: str, name: str, x: Tensor, least: int) -> None:
-    if not least <= x.dim() <= _MOST_DIMS:
-        raise OperatorError(
-            f"{operator}: {name} has {x.dim()} dimensions, not {least} to {_MOST_DIMS}"
-        )
-
-
-def rms_norm(operator: str, x: Tensor, gamma: Tensor) -> None:
-    """gamma of x's dtype, or float32; 2 to 8 dimensions; gamma's are x's last ones."""
+def rms_norm(operator: str, x: Tensor, gamma: Tensor, mixed: bool) -> None:
+    """gamma of x's dtype, or float32 where it may be ``mixed``; its dimensions are x's last."""
     require(x.dtype in _FLOATS, operator, f"input is {x.dtype}, not one of {list(_FLOATS)}")
-    if gamma.dtype not in (x.dtype, torch.float32):
+    if gamma.dtype != x.dtype and not (mixed and gamma.dtype == torch.float32):
         raise OperatorError(
             f"{operator}: gamma is {gamma.dtype} for an input of {x.dtype}; it must have that "
-            "dtype or be torch.float32"
+            "dtype" + (" or be torch.float32" if mixed else "")
         )
-    _dims(operator, "input", x, 2)
+    require(gamma.numel() > 0, operator, f"gamma {list(gamma.shape)} must not be empty")
     _gamma(operator, "input", x, gamma)
 
 
@@ -51,6 +46,5 @@ def add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor) -> None:
         raise OperatorError(
             f"{operator}: x1 {list(x1.shape)} and x2 {list(x2.shape)} must have the same shape"
         )
-    _dims(operator, "x1", x1, 1)
     _gamma(operator, "x1", x1, gamma)
     require(x1.numel() > 0, operator, f"x1 {list(x1.shape)} is empty, which is not supported")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ascend_patch.kernels.npu_ops import rotary_checks as checks
+from ascend_patch.kernels.npu_ops import rotary_mul_checks
 
 
 def _rotate(x: Tensor, half: bool) -> Tensor:
@@ -47,7 +48,7 @@ def npu_rotary_mul(
     another dtype are rounded to input's first, as torch_npu's adapter casts them.
     Raises OperatorError for what the documentation rules out.
     """
-    checks.rotary_mul(input, r1, r2, rotary_mode, rotate)
+    rotary_mul_checks.rotary_mul(input, r1, r2, rotary_mode, rotate)
     cos, sin = r1.to(input.dtype), r2.to(input.dtype)
     if rotate is None:
         return _turn(input, cos, sin, rotary_mode == "half")

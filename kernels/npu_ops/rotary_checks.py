@@ -1,7 +1,6 @@
 """What torch_npu's documentation, and ATB behind _npu_rotary_embedding, rule out on Atlas A2, A3.
 
-npu_rotary_mul has no argument for its layout: a call is refused when no layout that it supports
-explains the shapes.
+``rotary_mul_checks`` has the limits of npu_rotary_mul.
 """
 
 from __future__ import annotations
@@ -14,106 +13,21 @@ from torch import Tensor
 from ascend_patch.kernels.npu_ops.errors import OperatorError, require
 from ascend_patch.kernels.npu_ops.settings import allowed, torch_npu_at_least
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-_WIDEST_HEAD = 896
-_ROWS = 1000
-# Layout of 4-D input -> where its batch, sequence and heads are.
-_LAYOUTS = {"BNSD": (0, 2, 1), "BSND": (0, 1, 2), "SBND": (1, 0, 2)}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+# The unified buffer of a vector core, in bytes.
+_BUFFER = 192 * 1024
 
-# Sections of npu_mrope; those that came with cache_mode, in torch_npu 2.10, are in the second.
+# Sections of npu_mrope; those that came with cache_mode are in the second.
+_MODES_SINCE = "2.10.0"
 _SECTIONS = ((16, 24, 24),)
 _LATER_SECTIONS = ((24, 20, 20), (8, 12, 12), (16, 16, 16, 16))
 
 
-def _floats(operator: str, **tensors: Tensor) -> None:
+def floats(operator: str, **tensors: Tensor) -> None:
+    """Refuse other dtypes than float16, bfloat16 and float32."""
     for name, x in tensors.items():
-        if x.dtype not in _FLOATS:
-            raise OperatorError(f"{operator}: {name} is {x.dtype}, not one of {list(_FLOATS)}")
-
-
-def rotary_mul(x: Tensor, r1: Tensor, r2: Tensor, mode: str, rotate: Tensor | None) -> None:
-    """Modes, dtypes, D below 896 and even, batch and heads below 1000, shapes per layout."""
-    operator = "npu_rotary_mul"
-    if mode not in ("half", "interleave"):
-        raise OperatorError(f"{operator}: rotary_mode must be half or interleave, not {mode!r}")
-    _floats(operator, input=x, r1=r1, r2=r2)
-    if r1.shape != r2.shape:
-        raise OperatorError(
-            f"{operator}: r1 {list(r1.shape)} and r2 {list(r2.shape)} must have the same shape"
-        )
-    flat_since = "2.8.0.post2"
-    dims = (3, 4) if torch_npu_at_least(flat_since) else (4,)
-    if x.dim() not in dims or r1.dim() != x.dim():
-        raise OperatorError(
-            f"{operator}: input has {x.dim()} dimensions and r1 {r1.dim()}; both must have 4, or "
-            f"3 (TND, since torch_npu {flat_since})"
-        )
-    width = x.shape[-1]
-    if width >= _WIDEST_HEAD or width % 2 or not width:
-        raise OperatorError(
-            f"{operator}: the last dimension of input is {width}; it must be even and below "
-            f"{_WIDEST_HEAD}"
-        )
-    if r1.shape[-1] != width:
-        raise OperatorError(
-            f"{operator}: r1 and r2 are {r1.shape[-1]} wide and input {width}; they must be as "
-            "wide as it"
-        )
-    if rotate is not None:
-        _matrix(rotate, width)
-    _layout(x, r1, mode == "half")
-
-
-def _matrix(rotate: Tensor, width: int) -> None:
-    operator, since = "npu_rotary_mul", "2.10.0"
-    if not torch_npu_at_least(since):
-        raise OperatorError(f"{operator}: rotate exists since torch_npu {since}; leave it out")
-    _floats(operator, rotate=rotate)
-    if tuple(rotate.shape) != (width, width):
-        raise OperatorError(
-            f"{operator}: rotate is {list(rotate.shape)} for an input whose last dimension is "
-            f"{width}; it must be [{width}, {width}]"
-        )
-
-
-def _layout(x: Tensor, r1: Tensor, half: bool) -> None:
-    """Refuse what no layout explains: first by the shape of the angles, then by its limits."""
-    operator, shape, angles = "npu_rotary_mul", tuple(x.shape[:-1]), tuple(r1.shape[:-1])
-    reasons = []
-    if x.dim() == 3:
-        tokens, heads = shape
-        if angles == (tokens, 1) or (half and angles == shape):
-            if heads < _ROWS:
-                return
-            reasons.append(f"TND needs fewer than {_ROWS} heads")
-    else:
-        for layout, (b, s, n) in _LAYOUTS.items():
-            batch, tokens, heads = shape[b], shape[s], shape[n]
-            fits = [_place(b, s, n, 1, tokens, 1)]
-            if half:
-                fits += [_place(b, s, n, batch, tokens, 1), shape]
-            if angles not in fits:
-                continue
-            if (max(batch, heads) if half else batch * heads) < _ROWS:
-                return
-            limit = "B and N" if half else "B * N"
-            reasons.append(f"{layout} needs {limit} below {_ROWS}, not {batch} and {heads}")
-    if reasons:
-        raise OperatorError(f"{operator}: input {list(x.shape)}: {'; '.join(reasons)}")
-    mode, choices = (
-        ("half", "11SD, B1SD or BNSD; 1S1D, BS1D or BSND; S11D, SB1D or SBND; T1D or TND")
-        if half
-        else ("interleave", "11SD; 1S1D; S11D; T1D")
-    )
-    raise OperatorError(
-        f"{operator}: r1 {list(r1.shape)} for input {list(x.shape)} is none of the shapes that "
-        f"{mode} takes for BNSD, BSND, SBND and TND inputs: {choices}"
-    )
-
-
-def _place(b: int, s: int, n: int, batch: int, tokens: int, heads: int) -> tuple[int, ...]:
-    at = {b: batch, s: tokens, n: heads}
-    return at[0], at[1], at[2]
+        if x.dtype not in FLOATS:
+            raise OperatorError(f"{operator}: {name} is {x.dtype}, not one of {list(FLOATS)}")
 
 
 def apply_rotary_pos_emb(
@@ -125,7 +39,7 @@ def apply_rotary_pos_emb(
     # Before torch_npu 2.11 the default is spelt BSH, and means the same.
     if layout not in ("BSND", "BSH", "TND"):
         raise OperatorError(f"{operator}: layout is {layout!r}; Atlas A2 and A3 have BSND and TND")
-    _floats(operator, query=query)
+    floats(operator, query=query)
     dims = 3 if layout == "TND" else 4
     for name, x in {"query": query, "key": key, "cos": cos, "sin": sin}.items():
         if x.dtype != query.dtype:
@@ -152,6 +66,20 @@ def apply_rotary_pos_emb(
             raise OperatorError(
                 f"{operator}: {name} {list(x.shape)} must have 1 in the place of the heads"
             )
+    _fits(query, key)
+
+
+def _fits(query: Tensor, key: Tensor) -> None:
+    """All heads of a token at once, as aclnnApplyRotaryPosEmbV2 documents what it needs."""
+    size, heads, width = query.element_size(), query.shape[-2] + key.shape[-2], query.shape[-1]
+    cast = query.dtype == torch.bfloat16
+    worked = 4 if cast else size
+    needed = 5 * heads * width * worked + 4 * width * size + cast * 8 * width
+    if needed > _BUFFER:
+        raise OperatorError(
+            f"npu_apply_rotary_pos_emb: {heads} heads of query and key, {width} wide, need "
+            f"{needed} bytes of a vector core's buffer, which has {_BUFFER}"
+        )
 
 
 def mrope(
@@ -166,7 +94,7 @@ def mrope(
 ) -> tuple[int, ...]:
     """Check a call of npu_mrope; the sections, empty where it is plain RoPE."""
     operator = "npu_mrope"
-    _floats(operator, query=query)
+    floats(operator, query=query)
     for name, x in {"query": query, "key": key, "cos_sin_cache": cache}.items():
         if x.dim() != 2 or x.dtype != query.dtype:
             raise OperatorError(
@@ -185,6 +113,7 @@ def mrope(
         width <= head_size, operator, f"rotary_dim {width} must not be above head_size {head_size}"
     )
     tokens = positions.shape[-1] if positions.dim() else 0
+    require(tokens > 0, operator, f"positions {list(positions.shape)} must not be empty")
     for name, x in {"query": query, "key": key}.items():
         if x.shape[1] % head_size or x.shape[0] != tokens:
             raise OperatorError(
@@ -197,6 +126,10 @@ def mrope(
             f"{operator}: rotary_mode must be half or interleaved, not {rotary_mode!r}"
         )
     sections = _sections(positions, width, mrope_section, cache_mode)
+    if positions.dtype == torch.int32 and not torch_npu_at_least(_MODES_SINCE):
+        raise OperatorError(
+            f"{operator}: positions are torch.int32, which it takes since torch_npu {_MODES_SINCE}"
+        )
     _positions(operator, positions, cache.shape[0])
     return sections
 
@@ -204,7 +137,7 @@ def mrope(
 def _sections(
     positions: Tensor, width: int, mrope_section: Sequence[int] | None, cache_mode: str | None
 ) -> tuple[int, ...]:
-    operator, since = "npu_mrope", "2.10.0"
+    operator, since = "npu_mrope", _MODES_SINCE
     sections = tuple(mrope_section or ())
     if cache_mode not in (None, "default", "interleave"):
         raise OperatorError(
@@ -295,3 +228,26 @@ def rotary_embedding(
             "they must be the same"
         )
     _positions(operator, positions, cache.shape[0])
+    _first(operator, cache)
+
+
+_kept: list[Tensor] = []
+
+
+def forget() -> None:
+    """As a new process: which cache _npu_rotary_embedding saw first."""
+    _kept.clear()
+
+
+def _first(operator: str, cache: Tensor) -> None:
+    """torch_npu's adapter makes cosines and sines of the first cache and never of another."""
+    if allowed("other_cos_sin_cache"):
+        return
+    if not _kept:
+        _kept.append(cache.clone())
+    first = _kept[0]
+    if first.shape != cache.shape or not torch.equal(first.float(), cache.float()):
+        raise OperatorError(
+            f"{operator}: cos_sin_cache {list(cache.shape)} is another than the first of this "
+            f"process, {list(first.shape)}; the operator keeps turning by the first one's angles"
+        )
