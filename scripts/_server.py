@@ -178,6 +178,22 @@ class Server:
             )
         return json.loads(answer)
 
+    def metric(self, name: str) -> float:
+        """Return the sum of a counter or gauge of /metrics, over its labels.
+
+        Raises:
+            ServerError: The server has no such metric, or did not answer.
+        """
+        try:
+            _, answer = self._request("GET", "/metrics", None, 10)
+        except (OSError, http.client.HTTPException) as error:
+            raise ServerError(f"GET /metrics failed: {error!r}. Its log: {self.log}") from error
+        lines = [line for line in answer.decode().splitlines() if not line.startswith("#")]
+        found = [line.rpartition(" ")[2] for line in lines if line.partition("{")[0] == name]
+        if not found:
+            raise ServerError(f"/metrics has no {name}. Its log: {self.log}")
+        return sum(map(float, found))
+
     def complete(self, prompt: str | Sequence[int], **options: Any) -> Any:
         """Ask /v1/completions, greedily unless told otherwise."""
         payload = {"model": "model", "prompt": prompt, "temperature": 0, **options}

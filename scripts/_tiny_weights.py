@@ -30,6 +30,9 @@ LOGIT_STD = 2.0
 
 GLM_HEAD_DIM, GLM_PARTIAL = 192, 0.5
 
+# Of the first layer; shorter than most of the tests' prompts.
+WINDOW = 32
+
 VL_HEAD_DIM = HIDDEN // HEADS
 VL_SECTIONS = [8, 12, 12]
 PATCH, TEMPORAL, MERGE = 14, 2, 2
@@ -196,6 +199,27 @@ def glm4_kind() -> Kind:
     return Kind(config, weights)
 
 
+def windowed_kind(*, head_dim: int = 128) -> Kind:
+    """Return Llama with a sliding window in its first layer, and none in the others."""
+
+    def config(_vocab: dict[str, int]) -> State:
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "head_dim": head_dim,
+            "layer_types": ["sliding_attention", *["full_attention"] * (LAYERS - 1)],
+            "sliding_window": WINDOW,
+        }
+
+    def weights(draw: Draw, layer: str) -> State:
+        return {
+            **attention(draw, layer, head_dim, gain=ATTENTION_GAIN),
+            **feed_forward(draw, layer),
+        }
+
+    return Kind(config, weights)
+
+
 def qwen25vl_kind() -> Kind:
     """Return Qwen2.5-VL: MRoPE in the text model, rotary by angles in the vision tower."""
 
@@ -276,4 +300,5 @@ KINDS: dict[str, Kind] = {
     "qwen3-yarn": qwen3_kind(yarn=True),
     "glm4": glm4_kind(),
     "qwen2.5-vl": qwen25vl_kind(),
+    "llama-window": windowed_kind(),
 }
