@@ -73,9 +73,9 @@ def attend(
     if key_cache is None or value_cache is None:
         raise ValueError(f"The route {route.row} reads the cache, but there is none.")
     if route.per_request:
-        single.of_cache(route, batch, query, key_cache, value_cache, rows, heads)
+        single.of_cache(route, batch, query, (key_cache, value_cache), rows, heads)
         return
-    key, value, table = keys.paged(key_cache, value_cache, batch)
+    key, value, table = keys.paged((key_cache, value_cache), batch)
     rows.copy_(calls.together(route, batch, query, key, value, table, heads))
 
 

@@ -18,13 +18,14 @@ def is_viewable(cache: Tensor) -> bool:
     return bool(cache.is_contiguous()) and size % _ALIGNMENT == 0 and size <= _MOST_TOKENS_IN_BLOCK
 
 
-def paged(key_cache: Tensor, value_cache: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def paged(caches: tuple[Tensor, Tensor], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Caches [blocks, size, heads * dim] and the block table [requests, blocks] into them.
 
     A view where the operator can read the cache as it lies. Where it cannot (blocks-first caches of
     hybrid models hold a block's keys and values side by side; a block of more than 1024 tokens, or
     of no multiple of 16) what the requests hold is copied into blocks of 128.
     """
+    key_cache, value_cache = caches
     if is_viewable(key_cache) and is_viewable(value_cache):
         return key_cache.flatten(2), value_cache.flatten(2), batch.rows
     size = key_cache.shape[1]
@@ -33,7 +34,7 @@ def paged(key_cache: Tensor, value_cache: Tensor, batch: Batch) -> tuple[Tensor,
         found = batch.derived["copied", size] = _copied_layout(batch, size)
     blocks, offsets, table = found
     shape = (-1, BLOCK, key_cache.shape[2:].numel())
-    key, value = (cache[blocks, offsets].view(shape) for cache in (key_cache, value_cache))
+    key, value = (cache[blocks, offsets].view(shape) for cache in caches)
     return key, value, table
 
 
@@ -54,31 +55,42 @@ def _copied_layout(batch: Batch, size: int) -> tuple[Tensor, Tensor, Tensor]:
     return rows[requests, positions // size], positions % size, table.int()
 
 
-def of_request(cache: Tensor, batch: Batch, request: int, start: int, stop: int) -> Tensor:
-    """Keys (or values) of one request from position ``start`` to ``stop``: [tokens, heads, dim]."""
-    positions = torch.arange(start, stop, device=cache.device)
-    size = cache.shape[1]
-    return cache[batch.rows[request, positions // size], positions % size]
+def of_request(
+    caches: tuple[Tensor, Tensor], batch: Batch, request: int, first: int
+) -> tuple[Tensor, Tensor]:
+    """One request's keys and values from position ``first`` on: [tokens, heads, dim] each."""
+    size = caches[0].shape[1]
+    name = ("of request", size, request, first)
+    found = batch.derived.get(name)
+    if found is None:
+        positions = torch.arange(first, batch.kv_lens[request], device=caches[0].device)
+        where = batch.rows[request, positions // size], positions % size
+        found = batch.derived[name] = where
+    key, value = (cache[found] for cache in caches)
+    return key, value
 
 
 def last_of(
-    key_cache: Tensor, value_cache: Tensor, batch: Batch, requests: list[int], window: int
+    caches: tuple[Tensor, Tensor], batch: Batch, requests: list[int], window: int
 ) -> tuple[Tensor, Tensor, list[int]]:
     """The last ``window`` keys and values of some requests: [requests, longest, heads, dim] each.
 
     Returns:
         The keys, the values, and how many of each request's are its own; the rest repeats the last.
     """
-    lens = [min(window, batch.kv_lens[request]) for request in requests]
-    size = key_cache.shape[1]
-    name = ("last", size, window, tuple(requests))
+    size = caches[0].shape[1]
+    name = ("last", size, window)
     found = batch.derived.get(name)
     if found is None:
-        ends = torch.tensor([batch.kv_lens[request] for request in requests])
-        first = ends - torch.tensor(lens)
-        positions = first[:, None] + torch.arange(max(1, *lens))
-        positions = positions.minimum(ends[:, None] - 1).clamp_min(0).to(key_cache.device)
-        rows = batch.rows[torch.tensor(requests, device=key_cache.device)]
+        device = caches[0].device
+        ends = [batch.kv_lens[request] for request in requests]
+        lens = [min(window, end) for end in ends]
+        last = torch.tensor(ends)[:, None] - 1
+        positions = last + 1 - torch.tensor(lens)[:, None] + torch.arange(max(1, *lens))
+        positions = positions.minimum(last).clamp_min(0).to(device)
+        rows = batch.rows[torch.tensor(requests, device=device)]
         blocks = rows.gather(1, positions // size)
-        found = batch.derived[name] = (blocks, positions % size)
-    return key_cache[found], value_cache[found], lens
+        found = batch.derived[name] = (blocks, positions % size), lens
+    where, lens = found
+    key, value = (cache[where] for cache in caches)
+    return key, value, lens
