@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from ascend_patch.kernels.gdn.chunk import chunk_gated_delta_rule
 from ascend_patch.kernels.gdn.metadata import ChunkMetadata, ChunkTable, build_chunk_metadata
 from ascend_patch.kernels.gdn.staging import PinnedStaging
 
-__all__ = ["ChunkMetadata", "ChunkTable", "PinnedStaging", "build_chunk_metadata"]
+__all__ = [
+    "ChunkMetadata",
+    "ChunkTable",
+    "PinnedStaging",
+    "build_chunk_metadata",
+    "chunk_gated_delta_rule",
+]
