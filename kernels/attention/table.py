@@ -23,6 +23,7 @@ from ascend_patch.kernels.attention.case import (
 # 128 and 192 are documented for TND; 64 and 256 are not, and vllm-ascend serves with them.
 HEAD_SIZES = (64, 128, 192, 256)
 SINK_HEAD_SIZES = (64, 128)
+LATENT_HEAD_SIZES = (512, 576)
 # In TND the operator refuses a band for these (gemma3).
 NO_BAND_IN_TND = (256,)
 WIDEST_FUSION_HEAD = 768
@@ -337,13 +338,15 @@ REFUSALS = (
     ),
     Refusal(
         "latent heads",
-        lambda case: case.head_size in (512, 576) and not _by_fusion(case),
-        "A head has {case.head_size} elements, as latent attention's",
-        "that takes its own operators",
+        lambda case: case.head_size in LATENT_HEAD_SIZES and not _by_fusion(case),
+        "A head has {case.head_size} elements",
+        "latent attention, and other heads as wide, need operators of their own",
     ),
     Refusal(
         "head size",
-        lambda case: case.head_size not in HEAD_SIZES and not _by_fusion(case),
+        lambda case: (
+            case.head_size not in (*HEAD_SIZES, *LATENT_HEAD_SIZES) and not _by_fusion(case)
+        ),
         "A head has {case.head_size} elements",
         f"TND takes {', '.join(map(str, HEAD_SIZES))}",
     ),

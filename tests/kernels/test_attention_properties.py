@@ -75,6 +75,19 @@ def test_batches_that_hypothesis_makes_up(chosen):
     check(batches.draw(chosen))
 
 
+@pytest.mark.parametrize(
+    ("release", "cann"),
+    [("2.7.1", "8.5"), ("2.8.0.post2", "8.5"), ("2.9.0", "9.0"), ("2.10.0", "9.1")],
+)
+def test_documentation_taken_by_its_word(seed, release, cann):
+    """Two allowances are needed, and no other: head sizes in TND, and blocks that are shared."""
+    chosen = random.Random(seed)
+    needed = ("float32", "tnd_head_size", "shared_blocks")
+    with surface.settings(release=release, cann=cann, strict=True, allow=needed):
+        for _ in range(200):
+            check(batches.draw(chosen))
+
+
 def long_batches(seed):
     """Beyond the 2048 rows that the compressed masks have, and windows on both sides of that."""
     chosen = random.Random(seed)
