@@ -1,7 +1,7 @@
 """The documented limits of fused inference attention on Atlas A2 and A3.
 
-From torch_npu's documentation of both versions; what upstream met and no documentation states is
-marked as seen.
+From torch_npu's documentation of both versions. What CANN's tiling code refuses beyond that is
+said to be CANN's.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ _MOST_GROUP = 64
 _MOST_BATCH = 65536
 _WIDEST_HEAD = 512
 _LONGEST_DECODE = 262144
+# Head sizes of query and value in TND that are in use without being documented.
+_TOLERATED = ((64, 64), (256, 256))
+# Value head sizes for which TND takes a band.
+_BANDED = (64, 128)
 
 
 def check(problem: Problem) -> None:
@@ -33,6 +37,9 @@ def check(problem: Problem) -> None:
     _check_others(problem)
     _check_dtypes(problem)
     _check_shapes(problem)
+    if not problem.query.numel():
+        # The operator returns at once.
+        return
     _check_heads(problem)
     fused_infer_lists.check(problem)
     if problem.paged:
@@ -186,8 +193,7 @@ def _check_ragged_head_size(problem: Problem, width: int, value_width: int) -> N
     if problem.newer and multi_head:
         documented.add((64, 64))
     sizes = (width, value_width)
-    tolerated = {(64, 64), (256, 256)} if allowed("tnd_head_size") else set()
-    if sizes not in documented | tolerated:
+    if sizes not in documented and not (allowed("tnd_head_size") and sizes in _TOLERATED):
         listed = ", ".join(
             str(d) if d == v else f"{d} with values of {v}" for d, v in sorted(documented)
         )
@@ -195,11 +201,34 @@ def _check_ragged_head_size(problem: Problem, width: int, value_width: int) -> N
             f"head size {width} with values of {value_width} in {problem.layout}; "
             f"it must be {listed}"
         )
-    # Seen with gemma3: the operator refuses a window there.
-    if problem.sparse_mode == 4 and width == 256:
+    # From here on: what CANN's own checks add to the documentation.
+    if problem.sparse_mode == 4 and value_width not in _BANDED:
         raise problem.error(
-            f"sparse_mode=4 with head size 256 in {problem.layout} is refused; "
-            "use sparse_mode=3 where the window hides nothing, or a mask in another layout"
+            f"sparse_mode=4 with values of head size {value_width} in {problem.layout}; it takes "
+            "64 and 128 there: use another layout, or sparse_mode=3 where the window hides nothing"
+        )
+    if width == 256:
+        _check_widest(problem, multi_head)
+
+
+def _check_widest(problem: Problem, multi_head: bool) -> None:
+    """256 is served by one of the operator's paths only, that of grouped queries."""
+    if multi_head:
+        raise problem.error(
+            f"head size 256 in {problem.layout} with as many key/value heads as query heads; "
+            "it takes grouped queries only: use another layout"
+        )
+    if problem.sparse_mode not in (0, 3) or problem.sink is not None or problem.inner_precise:
+        raise problem.error(
+            f"head size 256 in {problem.layout} with sparse_mode={problem.sparse_mode}, "
+            f"inner_precise={problem.inner_precise}"
+            f"{', learnable_sink' if problem.sink is not None else ''}; it takes sparse modes 0 "
+            "and 3, inner_precise=0 and no sink"
+        )
+    if problem.paged and (problem.block_size != 128 or problem.heads_first):
+        raise problem.error(
+            f"head size 256 in {problem.layout} with a cache of shape {tuple(problem.key.shape)}; "
+            "it takes (blocks, 128, KV_N * D) only"
         )
 
 

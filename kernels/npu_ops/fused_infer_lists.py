@@ -62,10 +62,11 @@ def _check_ragged(problem: Problem) -> None:
             f"{problem.kv_lens_name} has {len(kv)} entries for a batch of {len(ends)}; "
             f"it must have one for each entry of {problem.query_lens_name}"
         )
-    if ends[-1] > problem.query_rows:
+    # CANN's, as is the same of the keys: padded tokens must be cut off or counted.
+    if ends[-1] != problem.query_rows:
         raise problem.error(
-            f"{problem.query_lens_name} ends with {ends[-1]}; query has only "
-            f"{problem.query_rows} tokens"
+            f"{problem.query_lens_name} ends with {ends[-1]} and query has {problem.query_rows} "
+            "tokens; they must be the same"
         )
     if problem.paged:
         for index, length in enumerate(kv):
@@ -77,7 +78,6 @@ def _check_ragged(problem: Problem) -> None:
         return
     _check_cumulative(problem, problem.kv_lens_name, kv)
     tokens = problem.key.shape[problem.letters.index("T")]
-    # Seen with multi-head models, whose keys were padded.
     if kv[-1] != tokens:
         raise problem.error(
             f"{problem.kv_lens_name} ends with {kv[-1]} and key has {tokens} tokens; without a "

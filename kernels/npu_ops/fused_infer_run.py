@@ -22,10 +22,11 @@ def run(problem: Problem) -> tuple[Tensor, Tensor]:
     rows = _rows_first(problem, problem.query, problem.heads)
     out = torch.zeros(*rows.shape[:-1], problem.value_width)
     lse = torch.zeros(rows.shape[:-1])
-    for index, (place, length) in enumerate(_queries(problem)):
-        found = _request(problem, index, rows[place], length)
-        if found is not None:
-            out[place], lse[place] = found
+    if out.numel():
+        for index, (place, length) in enumerate(_queries(problem)):
+            found = _request(problem, index, rows[place], length)
+            if found is not None:
+                out[place], lse[place] = found
     result = _laid_out(problem, out.to(problem.query.dtype))
     if not problem.with_lse:
         return result, torch.zeros(1)

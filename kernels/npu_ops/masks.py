@@ -54,9 +54,10 @@ def check_compressed(operator: str, mask: Tensor | None, sparse_mode: int) -> No
 
 def _known(mask: Tensor) -> bool:
     found = _right.get(id(mask))
-    if found is None or found[0]() is not mask or mask.is_inference():
+    if found is None or mask.is_inference():
         return False
-    return bool(found[1] == mask._version)
+    # The comparison is for the reader of a dead reference, whose number another mask got.
+    return bool(found[1] == mask._version) and found[0]() is mask
 
 
 def _forget(key: int) -> functools.partial[None]:

@@ -16,7 +16,8 @@ from packaging.version import Version
 ALLOWANCES: dict[str, tuple[bool, str]] = {
     "tnd_head_size": (
         True,
-        "fused inference attention takes head sizes 64 and 256 in TND, as vllm-ascend uses it",
+        "fused inference attention takes head size 64 in TND, and 256 for grouped queries with "
+        "sparse modes 0 and 3 and blocks of 128, as vllm-ascend uses it",
     ),
     "strided_kv": (
         True,

@@ -49,17 +49,17 @@ def attend(
         size = part.stop - part.start
         # [KV_N, group * rows, D]: each kv head is read once for all of its query heads.
         asked = query[part].float().view(size, kv_heads, group, -1).permute(1, 2, 0, 3)
-        scores = asked.reshape(kv_heads, group * size, -1) @ keys * scale
+        scores = (asked.reshape(kv_heads, group * size, -1) @ keys).mul_(scale)
         scores = scores.view(heads, size, columns)
         if bias is not None:
-            scores = scores + bias[part]
+            scores += bias[part]
         if hidden is not None:
-            scores = scores.masked_fill(hidden[part], float("-inf"))
+            scores.masked_fill_(hidden[part], float("-inf"))
         largest = scores.amax(-1)
         if extra is not None:
             largest = torch.maximum(largest, extra)
         largest = largest.masked_fill(largest == float("-inf"), 0.0)
-        weights = torch.exp(scores - largest[..., None])
+        weights = scores.sub_(largest[..., None]).exp_()
         total = weights.sum(-1)
         if extra is not None:
             total = total + torch.exp(extra - largest)
