@@ -133,8 +133,9 @@ def rope_forward_oot_0_13(original: FunctionType) -> Any:
 def rope_forward_oot_0_11(original: FunctionType) -> Any:
     """`_rope_forward_oot` of 0.11.0: a head of which only a part turns, and a layer without keys.
 
-    The release cuts that part out and then tells torch_npu that a head is as wide as before, so
-    that only some of the heads turn. Its own operator does the work here too, told the truth.
+    The release cuts that part out and then tells torch_npu that a head is as wide as before, which
+    the kernel behind it refuses in GPT-J style (in NeoX style it takes the width from the angles).
+    Its own operator does the work here too, told the truth.
     """
     release = original.__globals__
     npu, is_310p = release["torch_npu"], release["is_310p"]
