@@ -41,6 +41,8 @@ def check(problem: Problem) -> None:
         # The operator returns at once.
         return
     _check_heads(problem)
+    if problem.paged:
+        fused_infer_paged.check_block_size(problem)
     fused_infer_lists.check(problem)
     if problem.paged:
         fused_infer_paged.check(problem)
@@ -74,7 +76,7 @@ def check_out(operator: str, found: Sequence[Tensor], out: Sequence[Tensor]) -> 
 
 def _check_others(problem: Problem) -> None:
     for name, value in problem.others.items():
-        if value is not None and value is not False and value != 0:
+        if isinstance(value, (Tensor, Sequence)) or value:
             raise problem.error(f"{name} is not emulated; leave it at its default")
 
 

@@ -16,7 +16,6 @@ def check(problem: Problem) -> None:
     if not problem.kv_lens:
         raise problem.error(f"{problem.kv_lens_name} is missing; a block table needs it")
     _check_table(problem)
-    _check_block_size(problem)
     _check_cache(problem)
     _check_entries(problem)
 
@@ -37,7 +36,8 @@ def _check_table(problem: Problem) -> None:
         )
 
 
-def _check_block_size(problem: Problem) -> None:
+def check_block_size(problem: Problem) -> None:
+    """Raise OperatorError unless the layout takes blocks of this size."""
     size = problem.block_size
     if problem.ragged:
         ok, wanted = 0 < size <= 1024 and size % 16 == 0, "a multiple of 16 up to 1024 in TND"

@@ -21,7 +21,7 @@ def run(problem: Problem) -> tuple[Tensor, Tensor]:
     """
     rows = _rows_first(problem, problem.query, problem.heads)
     out = torch.zeros(*rows.shape[:-1], problem.value_width)
-    lse = torch.zeros(rows.shape[:-1])
+    lse = torch.full(rows.shape[:-1], float("inf"))
     if out.numel():
         for index, (place, length) in enumerate(_queries(problem)):
             found = _request(problem, index, rows[place], length)
@@ -83,6 +83,8 @@ def _request(problem: Problem, index: int, query: Tensor, rows: int) -> tuple[Te
     if not rows or not columns:
         return None
     seen, hidden = _sight(problem, index, rows, columns)
+    if seen.start == seen.stop:
+        return None
     if problem.paged:
         assert problem.block_table is not None
         table = problem.block_table[index]

@@ -15,7 +15,7 @@ from ascend_patch.kernels.npu_ops import blocks, paged_checks, softmax
 _MASK_FACTOR = -10000.0
 
 
-def npu_paged_attention(
+def _npu_paged_attention(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
@@ -55,7 +55,7 @@ def npu_paged_attention(
         result[index] = found[0]
 
 
-def npu_paged_attention_get_workspace(
+def _npu_paged_attention_get_workspace(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
@@ -70,7 +70,7 @@ def npu_paged_attention_get_workspace(
     return torch.empty(max(1, query.numel()), dtype=torch.uint8)
 
 
-def npu_flash_attention(
+def _npu_flash_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -103,7 +103,7 @@ def npu_flash_attention(
     _prefill(query, key, value, lens, scale_value, mask, result)
 
 
-def npu_flash_attention_unpad(
+def _npu_flash_attention_unpad(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -113,7 +113,7 @@ def npu_flash_attention_unpad(
     num_kv_heads: int,
     out: Tensor,
 ) -> None:
-    """Prefill without a cache and without a mask; arguments as ``npu_flash_attention``."""
+    """Prefill without a cache and without a mask; arguments as ``_npu_flash_attention``."""
     operator = "_npu_flash_attention_unpad"
     paged_checks.check_heads(operator, query, num_heads, num_kv_heads)
     paged_checks.check_fresh(operator, query, key, value, num_kv_heads)
@@ -123,7 +123,7 @@ def npu_flash_attention_unpad(
     _prefill(query, key, value, lens, scale_value, None, result)
 
 
-def npu_flash_attention_qlens(
+def _npu_flash_attention_qlens(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
@@ -139,7 +139,7 @@ def npu_flash_attention_qlens(
     """Causal prefill over a paged cache that holds this call's keys and values too.
 
     Args:
-        query: [T, N, D]; caches as of ``npu_paged_attention``.
+        query: [T, N, D]; caches as of ``_npu_paged_attention``.
         mask: [128, 128] of the query's dtype: 0, and above the diagonal what hides a column (-inf
             in float16, 1 in bfloat16).
         seq_len: [B] int32, the query tokens of each request; context_lens: [B] int32, its tokens
@@ -209,9 +209,9 @@ def _prefill(
 
 
 KERNELS = {
-    "atb::_npu_paged_attention": npu_paged_attention,
-    "atb::_npu_paged_attention_get_workspace": npu_paged_attention_get_workspace,
-    "atb::_npu_flash_attention": npu_flash_attention,
-    "atb::_npu_flash_attention_unpad": npu_flash_attention_unpad,
-    "atb::_npu_flash_attention_qlens": npu_flash_attention_qlens,
+    "atb::_npu_paged_attention": _npu_paged_attention,
+    "atb::_npu_paged_attention_get_workspace": _npu_paged_attention_get_workspace,
+    "atb::_npu_flash_attention": _npu_flash_attention,
+    "atb::_npu_flash_attention_unpad": _npu_flash_attention_unpad,
+    "atb::_npu_flash_attention_qlens": _npu_flash_attention_qlens,
 }
