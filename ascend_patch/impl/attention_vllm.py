@@ -7,11 +7,11 @@ vLLM's own CPU attention, and one line of the log says so.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from ascend_patch import _bootstrap
 from ascend_patch.kernels.attention.case import HOST, Case
 
 BACKEND = "ascend_patch.impl.attention_vllm_backend.AscendAttentionBackend"
@@ -22,8 +22,6 @@ TORCH_NPU, CANN = "2.9.0", "8.5"
 BLOCK_SIZE = 128
 # What a server's batches are in; there is no speculation in a CPU server.
 STATES = ("prefill", "cache_hit", "chunked", "decode")
-
-logger = logging.getLogger(__name__)
 
 
 def get_attn_backend_cls(
@@ -36,7 +34,7 @@ def get_attn_backend_cls(
     reason = "" if config.attn_type == "decoder" else f"{config.attn_type} attention is vLLM's"
     reason = reason or _asked_for_vllms(asked) or refusal(config)
     if reason:
-        _say(f"emulated device: vLLM's own CPU attention runs, because {reason}")
+        _say(f"vLLM's own CPU attention runs, because {reason}")
         return theirs
     begin(str(config.dtype).removeprefix("torch."))
     return BACKEND
@@ -87,22 +85,24 @@ def begin(dtype: str) -> None:
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    from ascend_patch.kernels.npu_ops import surface
+    from ascend_patch.kernels.npu_ops import settings, surface
 
-    surface.install(TORCH_NPU, cann=CANN, allow=("float32",) if dtype == "float32" else ())
+    # A model of a second dtype must not take away what the first one's layers need.
+    allow = settings.current().allow | ({"float32"} if dtype == "float32" else set())
+    surface.install(TORCH_NPU, cann=CANN, allow=allow)
     register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
     _say(
-        "emulated device: decoder layers attend through the operator surface of torch_npu "
+        "decoder layers attend through the operator surface of torch_npu "
         f"{TORCH_NPU} and CANN {CANN}; it is slow, and meant for tests"
     )
     if dtype == "float32":
         _say(
-            "emulated device: no NPU's attention operator takes float32; the surface's allowance "
+            "no NPU's attention operator takes float32; the surface's allowance "
             "`float32` is on for this model"
         )
 
 
 @cache
 def _say(sentence: str) -> None:
-    """Write a line to the log, once a process; vLLM's logging shows warnings of other packages."""
-    logger.warning("%s", sentence)
+    """Write a line on stderr, once a process: vLLM's workers show no other package's logging."""
+    _bootstrap.complain(f"emulated device: {sentence}")

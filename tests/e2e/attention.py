@@ -54,7 +54,7 @@ class Attention(Setup):
     def name(self) -> str:
         """Return a short name for reports."""
         words = [super().name()]
-        words += ["embeds"] * self.pooling + ["not causal"] * (not self.causal)
+        words += ["embeds"] * self.pooling + ["encodes"] * (not self.causal)
         words += ["cached"] * self.prefix_caching + ["chunked"] * self.chunked_prefill
         return " ".join(words)
 
@@ -98,13 +98,14 @@ class Seen:
     """What a server on the emulated device said.
 
     Attributes:
-        first: Answers to the prompts, following those of the server without the shim.
-        again: The same once more, when the cache holds what it can of them.
+        first: Answers to the prompts, following those of the server without the shim; or vectors.
+        again: Their beginning once more, when the cache holds what it can of the prompts.
         together: Answers to the prompts, each in a request of its own, at once.
         hits: Tokens that came out of the prefix cache.
         faulty: With the set-up's fault switched on.
         states: State and row of each kind of batch that was routed.
         status: `ascend-patch status --json` of its run, while it was alive.
+        log: What the emulated device said in the server's log.
     """
 
     first: Any
@@ -114,15 +115,8 @@ class Seen:
     faulty: Any = ()
     states: set[str] = field(default_factory=set)
     status: dict[str, Any] = field(default_factory=dict)
+    log: list[str] = field(default_factory=list)
     started_in: float = 0.0
-
-    def kernels(self) -> dict[str, int]:
-        """Return the calls of each operator, over all processes of the run."""
-        found: dict[str, int] = {}
-        for process in self.status["processes"]:
-            for name, count in process["kernels"].items():
-                found[name] = found.get(name, 0) + count
-        return found
 
 
 class AttentionLab:
@@ -153,9 +147,12 @@ class AttentionLab:
             folder.mkdir()
             with self.server(setup, folder) as server:
                 seen = self.kept[key] = Seen(ask(server, lead), started_in=server.started_in)
-                seen.again, seen.together = ask(server, lead), at_once(server, lead)
+                seen.again = ask(server, lead and logprobs.heads(lead))
+                seen.together = at_once(server, lead)
                 seen.hits = server.metric(HITS)
                 seen.status = self.lab.status(server)
+                lines = server.log.read_text().splitlines()
+                seen.log = [line for line in lines if "emulated device: " in line]
                 seen.states = {path.name for path in (folder / "seen").iterdir()}
                 if setup.fault:
                     (folder / "fault").write_text(setup.fault)

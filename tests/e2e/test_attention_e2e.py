@@ -71,7 +71,7 @@ def test_the_logprobs_are_those_of_vllm_s_own_attention(attention, setup, measur
     plain, seen = attention.plain(setup), attention.emulated(setup)
     limit = tolerance(setup, plain)
     found = logprobs.compare(plain.first, seen.first)
-    again = logprobs.compare(plain.first, seen.again)
+    again = logprobs.compare(logprobs.heads(plain.first), seen.again)
     together = logprobs.compare(*logprobs.until_parted(plain.first, seen.together))
     measured.append(
         f"emulated, {setup.name()}: {found.worst:.2e} apart, from the cache {again.worst:.2e}, "
@@ -139,6 +139,10 @@ def test_what_ran_are_the_operators_of_the_surface(attention, setup) -> None:
     assert calls[WRITE] >= calls[ATTENTION], calls
     assert set(calls) == {ATTENTION, WRITE}, calls
 
+    assert sum("operator surface of torch_npu" in line for line in seen.log) == 1, seen.log
+    allowance = [line for line in seen.log if "allowance `float32` is on" in line]
+    assert len(allowance) == (setup.dtype == "float32"), seen.log
+
 
 @pytest.mark.parametrize("setup", [*GENERATES, *POOLS])
 def test_batches_were_in_every_state_that_the_server_can_have(attention, setup) -> None:
@@ -156,3 +160,19 @@ def test_batches_were_in_every_state_that_the_server_can_have(attention, setup) 
     windows = {row for row in rows if "window" in row}
     assert bool(windows) == (setup.model == WINDOW.model), rows
     assert (seen.hits > 0) == setup.prefix_caching, seen.hits
+
+
+@pytest.mark.slow
+def test_layers_of_an_encoder_are_left_to_vllm(attention, measured) -> None:
+    """The same weights with every token in sight of every other."""
+    setup = replace(EMBEDS, causal=False, prefix_caching=False, chunked_prefill=False)
+    plain, seen = attention.plain(setup), attention.emulated(setup)
+    assert max(apart(plain.first, seen.first)) <= FLOAT32_TOLERANCE
+    assert not [process["kernels"] for process in seen.status["processes"] if process["kernels"]]
+    assert len(seen.log) == 1, seen.log
+    assert "because encoder_only attention is vLLM's" in seen.log[0]
+    # The control: with causal attention they say something else.
+    causal = attention.emulated(replace(setup, causal=True)).first
+    far = apart(plain.first, causal)
+    measured.append(f"emulated, {setup.name()}: {min(far[1:]):.2f} apart from causal attention")
+    assert min(far[1:]) > POWER * FLOAT32_TOLERANCE, far
