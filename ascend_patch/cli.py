@@ -71,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="print JSON")
         if name == "explain":
             command.add_argument("patch", metavar="ID", help="for example: rotary")
+            command.add_argument(
+                "--case", metavar="CASE", help="of attention_router: key=value,... and its route"
+            )
         if name == "status":
             command.add_argument("--all", action="store_true", help="ended runs too")
         if name == "doctor":
@@ -122,6 +125,8 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
+    if arguments.case is not None:
+        return _explain_case(arguments)
     from ascend_patch import _explain
 
     try:
@@ -131,6 +136,20 @@ def _explain(arguments: argparse.Namespace) -> int:
     if arguments.json:
         return _print_json(found)
     print(_explain.explain_text(arguments.patch))
+    return 0
+
+
+def _explain_case(arguments: argparse.Namespace) -> int:
+    from ascend_patch import _explain_case
+
+    try:
+        found = _explain_case.explain(arguments.patch, arguments.case)
+    except _explain_case.CaseError as error:
+        _complain(str(error), arguments.json)
+        return 2
+    if arguments.json:
+        return _print_json(found)
+    print(_explain_case.explain_text(arguments.patch, arguments.case))
     return 0
 
 

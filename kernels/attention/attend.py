@@ -68,15 +68,21 @@ def attend(
         if route.per_request:
             single.of_this_step(route, batch, query, key, value, rows, heads)
         else:
-            rows.copy_(calls.together(route, batch, query, key, value, None, heads))
+            rows.copy_(calls.together(route, batch.whole, query, key, value, None, heads))
         return
     if key_cache is None or value_cache is None:
         raise ValueError(f"The route {route.row} reads the cache, but there is none.")
+    if not any(batch.kv_lens):
+        # No operator is given a cache of which nothing is read.
+        rows.zero_()
+        return
     if route.per_request:
         single.of_cache(route, batch, query, (key_cache, value_cache), rows, heads)
         return
-    key, value, table = keys.paged((key_cache, value_cache), batch)
-    rows.copy_(calls.together(route, batch, query, key, value, table, heads))
+    key, value, table = keys.paged((key_cache, value_cache), batch, tnd=True)
+    for part in batch.parts(key.shape[0], key.shape[1]):
+        own, table_rows = part.tokens, table[part.requests]
+        rows[own].copy_(calls.together(route, part, query[own], key, value, table_rows, heads))
 
 
 def _of_this_step(

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+
+class Part(NamedTuple):
+    """Requests of a batch that one call takes: which, their rows, their ends, their lengths."""
+
+    requests: slice
+    tokens: slice
+    ends: list[int]
+    kv_lens: list[int]
 
 
 @dataclass
@@ -44,6 +53,31 @@ class Batch:
             )
 
     @property
+    def whole(self) -> Part:
+        """All requests."""
+        return Part(slice(0, len(self.ends)), slice(0, self.end), self.ends, self.kv_lens)
+
+    def parts(self, blocks: int, size: int) -> list[Part]:
+        """Requests, cut so that each part holds no more blocks of ``size`` than ``blocks``.
+
+        An operator counts a block for every request that holds it, and refuses more than the cache
+        has; requests that share a long prefix can come to that.
+        """
+        found: list[Part] | None = self.derived.get(("parts", blocks, size))
+        if found is None:
+            found = self.derived["parts", blocks, size] = [
+                self._part(cut) for cut in cuts(self.kv_lens, blocks, size)
+            ]
+        return found
+
+    def _part(self, cut: slice) -> Part:
+        if cut.stop - cut.start == len(self.ends):
+            return self.whole
+        first = self.ends[cut.start - 1] if cut.start else 0
+        ends = [end - first for end in self.ends[cut]]
+        return Part(cut, slice(first, first + ends[-1]), ends, self.kv_lens[cut])
+
+    @property
     def starts(self) -> list[int]:
         """Where each request's queries begin."""
         return [0, *self.ends[:-1]]
@@ -65,3 +99,16 @@ class Batch:
                 )
             found = self.derived["rows"] = table[: len(self.ends)].int().contiguous()
         return found
+
+
+def cuts(lens: list[int], blocks: int, size: int) -> list[slice]:
+    """Slices of ``lens``, tokens of each request, that hold ``blocks`` blocks or fewer each."""
+    counts = [-(-length // size) for length in lens]
+    found, start, held = [], 0, 0
+    if sum(counts) > blocks:
+        for request, count in enumerate(counts):
+            if held + count > blocks and request > start:
+                found.append(slice(start, request))
+                start, held = request, 0
+            held += count
+    return [*found, slice(start, len(lens))]

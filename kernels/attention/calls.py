@@ -1,13 +1,14 @@
-"""The operators' calls: one for all requests in TND, or one in BSND."""
+"""The operators' calls: for all requests in TND, for one in BSH, for single queries in BSH."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ascend_patch.kernels.attention.batch import Batch
+from ascend_patch.kernels.attention.batch import Part
 from ascend_patch.kernels.attention.case import FUSED_INFER_V2, FUSION, Route
 
 # torch_npu's own defaults: as many tokens as there are.
@@ -38,20 +39,20 @@ def causal_mask(device: torch.device | str) -> Tensor:
 
 def together(
     route: Route,
-    batch: Batch,
+    part: Part,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     table: Tensor | None,
     heads: Heads,
 ) -> Tensor:
-    """All requests in one TND call: query [T, Hq, D] to [T, Hq, D].
+    """Some requests in one TND call: query [T, Hq, D] to [T, Hq, D].
 
     key, value: [T, Hk, D] with ``table`` None, or [blocks, block size, Hk * D].
     """
     if route.operator == FUSION:
-        return _fusion(route, batch, query, key, value, heads)
-    kv_lens = batch.ends if table is None else batch.kv_lens
+        return _fusion(route, part, query, key, value, heads)
+    kv_lens = part.ends if table is None else part.kv_lens
     block_size = 0 if table is None else key.shape[1]
     mask = causal_mask(query.device) if route.mask == "causal" else None
     before, behind = _tokens(route.pre_tokens), _tokens(route.next_tokens)
@@ -62,7 +63,7 @@ def together(
             key,
             value,
             atten_mask=mask,
-            actual_seq_qlen=batch.ends,
+            actual_seq_qlen=part.ends,
             actual_seq_kvlen=kv_lens,
             block_table=table,
             # The operator takes sinks in bfloat16 only.
@@ -82,7 +83,7 @@ def together(
         key,
         value,
         atten_mask=mask,
-        actual_seq_lengths=batch.ends,
+        actual_seq_lengths=part.ends,
         actual_seq_lengths_kv=kv_lens,
         block_table=table,
         num_heads=heads.num_heads,
@@ -98,10 +99,10 @@ def together(
 
 
 def _fusion(
-    route: Route, batch: Batch, query: Tensor, key: Tensor, value: Tensor, heads: Heads
+    route: Route, part: Part, query: Tensor, key: Tensor, value: Tensor, heads: Heads
 ) -> Tensor:
     # A request without queries has no keys here either, and needs no entry.
-    ends = [end for start, end in zip(batch.starts, batch.ends, strict=True) if end > start]
+    ends = [end for start, end in pairwise([0, *part.ends]) if end > start]
     mask = None
     if route.mask == "causal":
         # This operator takes bool and uint8, not int8.
@@ -123,39 +124,63 @@ def _fusion(
     return found
 
 
-def alone(route: Route, query: Tensor, key: Tensor, value: Tensor, heads: Heads) -> Tensor:
-    """One request in BSND, with the route's band: query [T, Hq, D], key, value [S, Hk, D]."""
+def alone(
+    route: Route,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: Heads,
+    kv_lens: list[int] | None = None,
+    table: Tensor | None = None,
+) -> Tensor:
+    """One request in BSH, with the route's mask: query [1, n, Hq, D] to [1, n, Hq, D].
+
+    key, value: [1, S, Hk * D], or a cache [blocks, block size, Hk * D] with its length and row.
+    """
     found: Tensor = torch.ops.npu.npu_fused_infer_attention_score.default(
-        query[None],
-        key[None],
-        value[None],
-        atten_mask=causal_mask(query.device),
+        query.flatten(2),
+        key,
+        value,
+        atten_mask=causal_mask(query.device) if route.mask == "causal" else None,
+        actual_seq_lengths_kv=kv_lens,
+        block_table=table,
         num_heads=heads.num_heads,
         num_key_value_heads=heads.num_kv_heads,
         scale=heads.scale,
         pre_tokens=_tokens(route.pre_tokens),
         next_tokens=_tokens(route.next_tokens),
-        input_layout="BSND",
+        input_layout="BSH",
         sparse_mode=route.sparse_mode,
+        block_size=0 if table is None else key.shape[1],
     )[0]
-    return found[0]
+    return found.view(query.shape)
 
 
 def single_queries(
-    query: Tensor, key: Tensor, value: Tensor, kv_lens: list[int], heads: Heads
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_lens: list[int],
+    table: Tensor | None,
+    heads: Heads,
 ) -> Tensor:
-    """A query a request in BSND, no mask: query [B, Hq, D], key, value [B, S, Hk, D]."""
+    """A query a request in BSH, every key seen: query [B, Hq, D] to [B, Hq, D].
+
+    key, value: [B, S, Hk * D], or a cache [blocks, block size, Hk * D] with its block table.
+    """
     found: Tensor = torch.ops.npu.npu_fused_infer_attention_score.default(
-        query[:, None],
+        query.flatten(1)[:, None],
         key,
         value,
         actual_seq_lengths_kv=kv_lens,
+        block_table=table,
         num_heads=heads.num_heads,
         num_key_value_heads=heads.num_kv_heads,
         scale=heads.scale,
-        input_layout="BSND",
+        input_layout="BSH",
+        block_size=0 if table is None else key.shape[1],
     )[0]
-    return found[:, 0]
+    return found.view(query.shape)
 
 
 def _tokens(found: int | None) -> int:

@@ -74,13 +74,15 @@ class Route:
     Attributes:
         row: The name of the row of ``table`` that matched, refusals included.
         operator: FUSED_INFER, FUSED_INFER_V2, FUSION, NOTHING (an empty batch) or HOST.
-        layout: ``TND`` or ``BSND``; empty without an operator.
+        layout: ``TND`` or ``BSH``; empty without an operator.
         sparse_mode: 0 (none), 3 (causal, rows aligned at the end of the keys) or 4 (band).
         mask: ``causal`` (the 2048 x 2048 one) or ``none``.
         pre_tokens, next_tokens: Keys that a query sees before and behind its own; None: all.
         query_lens, kv_lens: ``cumulative``, ``per request`` or ``none``.
-        cache: ``none`` (this step's keys), ``paged`` (the cache, by its block table) or
-            ``gathered`` (the keys that are seen, read out of the cache).
+        cache: ``none`` (this step's keys), ``paged`` (the cache, by its block table), ``copied``
+            (the same of a copy in blocks of 128, for block sizes that the operator does not take;
+            so is a paged cache that is not contiguous) or ``gathered`` (paged, but for single
+            queries the keys in sight, copied densely).
         per_request: A call for each request with more than one query; one for the others.
         workspace: Who allocates it.
         reason: Why; for HOST the sentence that says what is not supported here.

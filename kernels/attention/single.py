@@ -1,14 +1,14 @@
-"""Windows that TND refuses: each request with several queries alone, the others together."""
+"""What TND has no kernel for: each request with several queries alone, the others together."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ascend_patch.kernels.attention import calls, keys
-from ascend_patch.kernels.attention.batch import Batch
+from ascend_patch.kernels.attention.batch import Batch, cuts
 from ascend_patch.kernels.attention.calls import Heads
 from ascend_patch.kernels.attention.case import Route
 
@@ -16,24 +16,31 @@ from ascend_patch.kernels.attention.case import Route
 class Parts(NamedTuple):
     """A batch, sorted: ``several`` are (request, start, end), ``single`` requests with one query.
 
-    ``tokens``: the rows of the single queries, or None where all rows are that, in order.
+    ``tokens`` and ``requests`` pick the single ones out of rows and of the block table; None where
+    all rows, or all requests, are that, in order.
     """
 
     several: list[tuple[int, int, int]]
     single: list[int]
     tokens: Tensor | None
+    requests: Tensor | None
 
 
 def parts(batch: Batch, device: torch.device) -> Parts:
-    """Made once a step; requests without queries are in no part."""
+    """Made once a step; requests without queries or without keys are in no part."""
     found: Parts | None = batch.derived.get("parts")
     if found is None:
-        spans = list(zip(range(len(batch.ends)), batch.starts, batch.ends, strict=True))
-        single = [request for request, start, end in spans if end - start == 1]
+        every = zip(range(len(batch.ends)), batch.starts, batch.ends, strict=True)
+        spans = [span for span in every if batch.kv_lens[span[0]]]
         several = [span for span in spans if span[2] - span[1] > 1]
-        starts = [batch.starts[request] for request in single]
-        tokens = torch.tensor(starts, device=device) if several and single else None
-        found = batch.derived["parts"] = Parts(several, single, tokens)
+        single = [span for span in spans if span[2] - span[1] == 1]
+        tokens = requests = None
+        if len(single) < batch.end:
+            tokens = torch.tensor([start for _, start, _ in single], device=device)
+        chosen = [request for request, _, _ in single]
+        if len(chosen) < len(batch.ends):
+            requests = torch.tensor(chosen, device=device)
+        found = batch.derived["parts"] = Parts(several, chosen, tokens, requests)
     return found
 
 
@@ -41,16 +48,17 @@ def of_this_step(
     route: Route, batch: Batch, query: Tensor, key: Tensor, value: Tensor, out: Tensor, heads: Heads
 ) -> None:
     """Prefill: query, out [T, Hq, D]; key, value [T, Hk, D]."""
-    several, single, tokens = parts(batch, query.device)
+    key, value = key.flatten(1), value.flatten(1)
+    several, single, tokens, _ = parts(batch, query.device)
     for _, start, end in several:
         own = slice(start, end)
-        out[own].copy_(calls.alone(route, query[own], key[own], value[own], heads))
+        found = calls.alone(route, query[own][None], key[None, own], value[None, own], heads)
+        out[own].copy_(found[0])
     if single:
         # A prompt of one token sees itself.
-        chosen = (query, key, value) if tokens is None else (x[tokens] for x in (query, key, value))
-        q, k, v = chosen
-        found = calls.single_queries(q, k[:, None], v[:, None], [1] * len(single), heads)
-        _put(out, tokens, found)
+        q, k, v = (x if tokens is None else x[tokens] for x in (query, key, value))
+        lens = [1] * len(single)
+        _put(out, tokens, calls.single_queries(q, k[:, None], v[:, None], lens, None, heads))
 
 
 def of_cache(
@@ -61,25 +69,37 @@ def of_cache(
     out: Tensor,
     heads: Heads,
 ) -> None:
-    """query, out [T, Hq, D]; caches [blocks, block size, Hk, D]. Only keys in sight are copied."""
-    before = route.pre_tokens or 0
-    several, single, tokens = parts(batch, query.device)
+    """query, out [T, Hq, D]; caches [blocks, block size, Hk, D]."""
+    several, single, tokens, requests = parts(batch, query.device)
+    if len(several) + len(single) < len(batch.ends):
+        # A query of a request without keys sees nothing.
+        out.zero_()
+    if several or route.cache != "gathered":
+        key, value, table = keys.paged(caches, batch, tnd=False)
     for request, start, end in several:
-        length = batch.kv_lens[request]
-        first = max(0, length - (end - start) - before)
-        if length:
-            key, value = keys.of_request(caches, batch, request, first)
-            out[start:end].copy_(calls.alone(route, query[start:end], key, value, heads))
-        else:
-            out[start:end].zero_()
-    if single:
+        row = table[request : request + 1]
+        lens = [batch.kv_lens[request]]
+        found = calls.alone(route, query[None, start:end], key, value, heads, lens, row)
+        out[start:end].copy_(found[0])
+    if not single:
+        return
+    rows = query if tokens is None else query[tokens]
+    if route.cache == "gathered":
         # A single query is at the last position, so what it sees are the last keys.
-        key, value, lens = keys.last_of(caches, batch, single, before + 1)
-        rows = query if tokens is None else query[tokens]
-        _put(out, tokens, calls.single_queries(rows, key, value, lens, heads))
+        window = (route.pre_tokens or 0) + 1
+        key, value, lens = keys.last_of(caches, batch, single, window)
+        _put(out, tokens, calls.single_queries(rows, key, value, lens, None, heads))
+        return
+    lens = [batch.kv_lens[request] for request in single]
+    table = table if requests is None else table[requests]
+    found = [
+        calls.single_queries(rows[part], key, value, lens[part], table[part], heads)
+        for part in cuts(lens, key.shape[0], key.shape[1])
+    ]
+    _put(out, tokens, found[0] if len(found) == 1 else torch.cat(found))
 
 
-def _put(out: Tensor, tokens: Any, found: Tensor) -> None:
+def _put(out: Tensor, tokens: Tensor | None, found: Tensor) -> None:
     if tokens is None:
         out.copy_(found)
     else:

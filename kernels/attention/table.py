@@ -1,4 +1,4 @@
-"""The routing table as data: refusals come first, then rows, of which the first match wins.
+"""The rows of the routing table, of which one matches each case that nothing refuses.
 
 The limits are those of op-plugin's operator documentation; what four vllm-ascend releases do in
 each row's place is in ``releases``. docs/attention.md is written from here.
@@ -6,31 +6,14 @@ each row's place is in ``releases``. docs/attention.md is written from here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ascend_patch.kernels.attention.case import (
-    ATTENTION_TYPES,
-    DTYPES,
-    FUSED_INFER,
-    FUSED_INFER_V2,
-    FUSION,
-    STATES,
-    SYSTEMS,
-    Case,
-)
+from ascend_patch.kernels.attention.case import FUSED_INFER, FUSED_INFER_V2, FUSION, Case
 
-# 128 and 192 are documented for TND; 64 and 256 are not, and vllm-ascend serves with them.
-HEAD_SIZES = (64, 128, 192, 256)
-SINK_HEAD_SIZES = (64, 128)
-LATENT_HEAD_SIZES = (512, 576)
-# In TND the operator refuses a band for these (gemma3).
-NO_BAND_IN_TND = (256,)
-WIDEST_FUSION_HEAD = 768
-MOST_HEADS, MOST_QUERIES_A_KEY_HEAD = 256, 64
-MOST_REQUESTS, MOST_REQUESTS_FUSION = 4096, 1024
-# Elements of a token's keys in a cache of blocks [block_size, KV heads * head_size].
-WIDEST_TOKEN = 65535
+# CANN's code takes these alone in TND with a band, or with sinks.
+BAND_HEAD_SIZES = (64, 128)
+BLOCK_MULTIPLE, LARGEST_BLOCK = 16, 1024
 
 Value = bool | str
 
@@ -71,20 +54,6 @@ class Row:
         return "cumulative" if unpaged else "per request"
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """Cases that are left to the host, and the sentence that says so; {case.x} is the case's."""
-
-    name: str
-    when: Callable[[Case], bool]
-    found: str
-    expected: str
-
-    def sentence(self, case: Case) -> str:
-        """What was found, what was expected, what happens instead."""
-        return f"{self.found.format(case=case)}; {self.expected}: the host's own attention runs."
-
-
 def is_causal(case: Case) -> bool:
     """Encoders and cross attention see every key, whatever the step's metadata says."""
     return case.causal and case.attn_type == "decoder"
@@ -97,314 +66,207 @@ def reads_cache(case: Case) -> bool:
     return case.state != "prefill" or case.attn_type == "encoder_decoder"
 
 
+def fits_tnd(case: Case, band: bool) -> bool:
+    """Whether CANN takes the head size in TND; what it does not is computed a request at a time."""
+    if band or case.head_size in BAND_HEAD_SIZES:
+        return case.head_size in BAND_HEAD_SIZES
+    if case.num_heads != case.num_kv_heads:
+        return True
+    # Without groups 256 has no kernel, and that for 192 has no float16.
+    return case.head_size == 192 and case.dtype != "float16"
+
+
+def is_pageable(block_size: int, *, tnd: bool, head_size: int) -> bool:
+    """Whether the layout reads blocks of so many tokens; if not, they are copied into others."""
+    if not tnd:
+        return block_size in (128, 256, 384, 512)
+    if head_size not in BAND_HEAD_SIZES:
+        return block_size == 128
+    return block_size % BLOCK_MULTIPLE == 0 and 0 < block_size <= LARGEST_BLOCK
+
+
+def window_hides(case: Case) -> bool:
+    """Whether a band is needed; where TND takes none, not if no request is longer than it."""
+    window = case.sliding_window
+    if window is None:
+        return False
+    return fits_tnd(case, band=True) or not 0 < case.max_seq_len <= window
+
+
 def features(case: Case) -> dict[str, Value]:
     """What the rows ask of a case."""
-    window = case.sliding_window
+    window = window_hides(case)
     return {
         "causal": is_causal(case),
         "cache": reads_cache(case),
-        "window": window is not None,
+        "window": window,
         "sinks": case.sinks,
-        "band in TND": case.head_size not in NO_BAND_IN_TND,
-        "window covers all": window is not None and 0 < case.max_seq_len <= window,
+        "TND": fits_tnd(case, band=window),
     }
 
 
 _ALIGNED = "rows end where the keys end, so a query sees its context and itself"
-_TOO_WIDE = (
-    "in TND the operator refuses a band for this head size, so each request with more than one "
-    "query has a call of its own, and the others one without a mask, on the keys of their windows"
+_PRE_TOKENS = "pre_tokens leaves out the query's own token, which sliding_window counts"
+_ALONE = (
+    "CANN has no kernel for this in TND, so each request with several queries has a call of its "
+    "own, and the others have one together"
 )
+_IN_SIGHT = "for a single query only the keys in sight are read, as BSH has no window there"
 
+
+def _row(name: str, when: str, operator: str, mode: int, cache: str, why: str, to: str = "") -> Row:
+    """``when``: features that must be, or with ``no`` before them must not; ``to``: of a band."""
+    asked = {word.removeprefix("no-"): not word.startswith("no-") for word in when.split()}
+    before, _, behind = (to or "all/all").partition("/")
+    alone = asked.get("TND") is False
+    return Row(
+        name,
+        asked,
+        operator,
+        mode,
+        cache,
+        why,
+        before=before,
+        behind=behind,
+        layout="BSH" if alone else "TND",
+        per_request=alone,
+    )
+
+
+_C = "causal no-sinks"
+_F = "no-causal no-sinks"
 ROWS = (
-    Row(
+    _row(
         "causal-prefill",
-        {"causal": True, "cache": False, "window": False, "sinks": False},
+        f"{_C} TND no-cache no-window",
         FUSED_INFER,
         3,
         "none",
         "all keys are this step's; they are cut at the last query, as documented",
     ),
-    Row(
+    _row(
         "causal-cache",
-        {"causal": True, "cache": True, "window": False, "sinks": False},
+        f"{_C} TND cache no-window",
         FUSED_INFER,
         3,
         "paged",
         f"keys come from the cache, pooling models' too; {_ALIGNED}",
     ),
-    Row(
+    _row(
         "window-prefill",
-        {"causal": True, "cache": False, "window": True, "sinks": False, "band in TND": True},
+        f"{_C} TND no-cache window",
         FUSED_INFER,
         4,
         "none",
-        "a band; pre_tokens leaves out the query's own token, which sliding_window counts",
-        before="window",
-        behind="own",
+        f"a band; {_PRE_TOKENS}",
+        "window/own",
     ),
-    Row(
+    _row(
         "window-cache",
-        {"causal": True, "cache": True, "window": True, "sinks": False, "band in TND": True},
+        f"{_C} TND cache window",
         FUSED_INFER,
         4,
         "paged",
-        f"a band, in decode too: only in TND it counts for a single query; {_ALIGNED}",
-        before="window",
-        behind="own",
+        f"a band, in decode too, where other layouts have none; {_PRE_TOKENS}",
+        "window/own",
     ),
-    Row(
-        "window-covers-prefill",
-        {"causal": True, "cache": False, "window covers all": True, "sinks": False},
-        FUSED_INFER,
-        3,
-        "none",
-        "no request is longer than the window, which then hides nothing",
-    ),
-    Row(
-        "window-covers-cache",
-        {"causal": True, "cache": True, "window covers all": True, "sinks": False},
-        FUSED_INFER,
-        3,
-        "paged",
-        "no request is longer than the window, which then hides nothing",
-    ),
-    Row(
-        "wide-window-prefill",
-        {"causal": True, "cache": False, "window": True, "sinks": False},
-        FUSED_INFER,
-        4,
-        "none",
-        _TOO_WIDE,
-        before="window",
-        behind="own",
-        layout="BSND",
-        per_request=True,
-    ),
-    Row(
-        "wide-window-cache",
-        {"causal": True, "cache": True, "window": True, "sinks": False},
-        FUSED_INFER,
-        4,
-        "gathered",
-        _TOO_WIDE,
-        before="window",
-        behind="own",
-        layout="BSND",
-        per_request=True,
-    ),
-    Row(
+    _row(
         "full-prefill",
-        {"causal": False, "cache": False, "window": False, "sinks": False},
+        f"{_F} no-cache no-window",
         FUSION,
         0,
         "none",
-        "every key is seen; the fused inference operator is reported to average without a mask "
-        "where keys are not paged (vllm-ascend #13699)",
+        "every key is seen; without a mask the fused inference operator is reported to average "
+        "over keys that are not paged (vllm-ascend #13699)",
     ),
-    Row(
+    _row(
+        "full-window-prefill",
+        f"{_F} no-cache window",
+        FUSION,
+        4,
+        "none",
+        "a window to both sides, as vLLM's encoders have it",
+        "window/window",
+    ),
+    _row(
         "full-cache",
-        {"causal": False, "cache": True, "window": False, "sinks": False},
+        f"{_F} TND cache no-window",
         FUSED_INFER,
         0,
         "paged",
         "every key is seen, those in the cache too, which the fusion operator cannot read",
     ),
-    Row(
-        "full-window-prefill",
-        {"causal": False, "cache": False, "window": True, "sinks": False},
-        FUSION,
-        4,
-        "none",
-        "a window to both sides, as vLLM's encoders have it",
-        before="window",
-        behind="window",
-    ),
-    Row(
+    _row(
         "full-window-cache",
-        {"causal": False, "cache": True, "window": True, "sinks": False, "band in TND": True},
+        f"{_F} TND cache window",
         FUSED_INFER,
         4,
         "paged",
         "a window to both sides",
-        before="window",
-        behind="window",
+        "window/window",
     ),
-    Row(
-        "full-window-covers-cache",
-        {"causal": False, "cache": True, "window covers all": True, "sinks": False},
-        FUSED_INFER,
-        0,
+    _row(
+        "sinks-prefill",
+        "sinks no-cache no-window",
+        FUSED_INFER_V2,
+        3,
+        "none",
+        "only the second version takes sinks",
+    ),
+    _row(
+        "sinks-cache",
+        "sinks cache no-window",
+        FUSED_INFER_V2,
+        3,
         "paged",
-        "no request is longer than the window, which then hides nothing",
+        "only the second version takes sinks",
     ),
-    Row(
-        "full-wide-window-cache",
-        {"causal": False, "cache": True, "window": True, "sinks": False},
+    _row(
+        "sinks-window-prefill",
+        "sinks no-cache window",
+        FUSED_INFER_V2,
+        4,
+        "none",
+        "only the second version takes sinks; a band needs the plain causal mask too",
+        "window/own",
+    ),
+    _row(
+        "sinks-window-cache",
+        "sinks cache window",
+        FUSED_INFER_V2,
+        4,
+        "paged",
+        "only the second version takes sinks; a band needs the plain causal mask too",
+        "window/own",
+    ),
+    _row("alone-prefill", f"{_C} no-TND no-cache no-window", FUSED_INFER, 3, "none", _ALONE),
+    _row("alone-cache", f"{_C} no-TND cache no-window", FUSED_INFER, 3, "paged", _ALONE),
+    _row(
+        "alone-window-prefill",
+        f"{_C} no-TND no-cache window",
+        FUSED_INFER,
+        4,
+        "none",
+        _ALONE,
+        "window/own",
+    ),
+    _row(
+        "alone-window-cache",
+        f"{_C} no-TND cache window",
         FUSED_INFER,
         4,
         "gathered",
-        f"a window to both sides; {_TOO_WIDE}",
-        before="window",
-        behind="window",
-        layout="BSND",
-        per_request=True,
+        f"{_ALONE}; {_IN_SIGHT}",
+        "window/own",
     ),
-    Row(
-        "sinks-prefill",
-        {"causal": True, "cache": False, "window": False, "sinks": True},
-        FUSED_INFER_V2,
-        3,
-        "none",
-        "only the second version takes sinks; the mask is the plain causal one",
-    ),
-    Row(
-        "sinks-cache",
-        {"causal": True, "cache": True, "window": False, "sinks": True},
-        FUSED_INFER_V2,
-        3,
-        "paged",
-        "only the second version takes sinks; the mask is the plain causal one",
-    ),
-    Row(
-        "sinks-window-prefill",
-        {"causal": True, "cache": False, "window": True, "sinks": True},
-        FUSED_INFER_V2,
+    _row("alone-full-cache", f"{_F} no-TND cache no-window", FUSED_INFER, 0, "paged", _ALONE),
+    _row(
+        "alone-full-window-cache",
+        f"{_F} no-TND cache window",
+        FUSED_INFER,
         4,
-        "none",
-        "only the second version takes sinks; a band needs the plain causal mask too",
-        before="window",
-        behind="own",
-    ),
-    Row(
-        "sinks-window-cache",
-        {"causal": True, "cache": True, "window": True, "sinks": True},
-        FUSED_INFER_V2,
-        4,
-        "paged",
-        "only the second version takes sinks; a band needs the plain causal mask too",
-        before="window",
-        behind="own",
-    ),
-)
-
-
-def _by_fusion(case: Case) -> bool:
-    return not is_causal(case) and not reads_cache(case)
-
-
-REFUSALS = (
-    Refusal(
-        "system",
-        lambda case: case.soc not in SYSTEMS,
-        "The system is {case.soc}",
-        "these operators are documented for A2 and A3",
-    ),
-    Refusal(
-        "state",
-        lambda case: case.state not in STATES,
-        "The state is {case.state!r}",
-        f"it must be one of {', '.join(STATES)}",
-    ),
-    Refusal(
-        "attention type",
-        lambda case: case.attn_type not in ATTENTION_TYPES,
-        "The attention type is {case.attn_type!r}",
-        f"it must be one of {', '.join(ATTENTION_TYPES)}",
-    ),
-    Refusal(
-        "capture",
-        lambda case: case.capturing,
-        "A graph is being captured",
-        "the host replays what it captured itself, with arguments of its own",
-    ),
-    Refusal(
-        "quantised cache",
-        lambda case: case.kv_dtype not in ("auto", case.dtype),
-        "The cache holds {case.kv_dtype}, and the model computes in {case.dtype}",
-        "it must hold the model's own dtype, since scales are the host's",
-    ),
-    Refusal(
-        "dtype",
-        lambda case: case.dtype not in DTYPES,
-        "The dtype is {case.dtype}",
-        "it must be bfloat16 or float16",
-    ),
-    Refusal(
-        "float32",
-        lambda case: case.dtype == "float32" and case.soc != "emulated" and not _by_fusion(case),
-        "The dtype is float32",
-        "the fused inference operator takes bfloat16 and float16",
-    ),
-    Refusal(
-        "latent heads",
-        lambda case: case.head_size in LATENT_HEAD_SIZES and not _by_fusion(case),
-        "A head has {case.head_size} elements",
-        "latent attention, and other heads as wide, need operators of their own",
-    ),
-    Refusal(
-        "head size",
-        lambda case: (
-            case.head_size not in (*HEAD_SIZES, *LATENT_HEAD_SIZES) and not _by_fusion(case)
-        ),
-        "A head has {case.head_size} elements",
-        f"TND takes {', '.join(map(str, HEAD_SIZES))}",
-    ),
-    Refusal(
-        "fusion head size",
-        lambda case: not 1 <= case.head_size <= WIDEST_FUSION_HEAD,
-        "A head has {case.head_size} elements",
-        f"the fusion operator takes 1 to {WIDEST_FUSION_HEAD}",
-    ),
-    Refusal(
-        "heads",
-        lambda case: case.num_kv_heads < 1 or case.num_heads % case.num_kv_heads != 0,
-        "There are {case.num_heads} query heads and {case.num_kv_heads} key heads",
-        "the first must be a multiple of the second",
-    ),
-    Refusal(
-        "too many heads",
-        lambda case: (
-            case.num_heads > MOST_HEADS
-            or case.num_heads > MOST_QUERIES_A_KEY_HEAD * case.num_kv_heads
-        ),
-        "There are {case.num_heads} query heads on {case.num_kv_heads} key heads",
-        f"the limits are {MOST_HEADS}, and {MOST_QUERIES_A_KEY_HEAD} on one key head",
-    ),
-    Refusal(
-        "wide token",
-        lambda case: reads_cache(case) and case.num_kv_heads * case.head_size > WIDEST_TOKEN,
-        "A token's keys are {case.num_kv_heads} heads of {case.head_size} elements",
-        f"a paged cache takes at most {WIDEST_TOKEN} elements",
-    ),
-    Refusal(
-        "requests",
-        lambda case: case.batch > (MOST_REQUESTS_FUSION if _by_fusion(case) else MOST_REQUESTS),
-        "The batch has {case.batch} requests",
-        f"TND takes {MOST_REQUESTS}, the fusion operator {MOST_REQUESTS_FUSION}",
-    ),
-    Refusal(
-        "window",
-        lambda case: case.sliding_window is not None and case.sliding_window < 1,
-        "The sliding window is {case.sliding_window}",
-        "it counts the query's own token, so it must be at least 1",
-    ),
-    Refusal(
-        "sinks without a causal mask",
-        lambda case: case.sinks and not is_causal(case),
-        "There are sinks, and the attention is not causal",
-        "no model has that, so no operator was tried",
-    ),
-    Refusal(
-        "sinks' head size",
-        lambda case: case.sinks and case.head_size not in SINK_HEAD_SIZES,
-        "There are sinks, and a head has {case.head_size} elements",
-        "with sinks the operator takes 64 and 128",
-    ),
-    Refusal(
-        "sinks' dtype",
-        lambda case: case.sinks and case.dtype == "float16",
-        "There are sinks, and the dtype is float16",
-        "sinks must be bfloat16, and so must the rest",
+        "gathered",
+        f"{_ALONE}; {_IN_SIGHT}",
+        "window/window",
     ),
 )

@@ -80,12 +80,40 @@ def test_batches_that_hypothesis_makes_up(chosen):
     [("2.7.1", "8.5"), ("2.8.0.post2", "8.5"), ("2.9.0", "9.0"), ("2.10.0", "9.1")],
 )
 def test_documentation_taken_by_its_word(seed, release, cann):
-    """Two allowances are needed, and no other: head sizes in TND, and blocks that are shared."""
+    """One allowance is needed, and no other: head sizes in TND."""
     chosen = random.Random(seed)
-    needed = ("float32", "tnd_head_size", "shared_blocks")
+    needed = ("float32", "tnd_head_size")
     with surface.settings(release=release, cann=cann, strict=True, allow=needed):
         for _ in range(200):
             check(batches.draw(chosen))
+
+
+@pytest.mark.parametrize("head_size", [128, 256])
+@pytest.mark.parametrize("state", ["chunked", "decode"])
+def test_a_prefix_that_all_requests_share(state, head_size, seed):
+    """An operator counts a shared block for each request, and refuses more than a cache has."""
+    queries = (1,) * 9 if state == "decode" else (2, 1, 0, 3, 1, 4, 1, 1, 2)
+    asked = batches.Asked(
+        state,
+        queries,
+        (64,) * 9,
+        head_size=head_size,
+        num_kv_heads=2,
+        group=1,
+        block_size=128 if head_size == 256 else 16,
+        shared=tuple(range(1, 9)),
+        seed=seed,
+    )
+    if head_size == 256:
+        asked = replace(asked, contexts=(256,) * 9)
+    made = batches.make(asked)
+    # The blocks that nobody holds go, so that the cache has fewer than the requests count.
+    used, places = made.table[:9].unique(return_inverse=True)
+    made.key_cache, made.value_cache = made.key_cache[used], made.value_cache[used]
+    made.table = places.view(made.table[:9].shape).int()
+    assert sum(-(-n // asked.block_size) for n in asked.lens) > len(used)
+    with surface.settings(forbid=("shared_blocks",)):
+        assert not made.judge(made.answer(route(asked.case)))
 
 
 def long_batches(seed):

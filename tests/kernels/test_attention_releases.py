@@ -66,8 +66,8 @@ def asked_for(behaviour, seed):
         contexts=(0, 0, 0) if prefill and not cross else (20, 33, 40),
         causal=case.causal,
         head_size=case.head_size,
-        num_kv_heads=2,
-        group=4,
+        num_kv_heads=8 if behaviour.name == "wide heads" else 2,
+        group=1 if behaviour.name == "wide heads" else 4,
         window=case.sliding_window,
         sinks=case.sinks,
         attn_type=case.attn_type,
@@ -79,13 +79,13 @@ def asked_for(behaviour, seed):
 def fused(made, found, **changed):
     """One TND call, with ``found`` or what a release has in its place."""
     batch, asked = made.batch, made.asked
-    found = replace(found, layout="TND", per_request=False, **changed)
-    heads = calls.Heads(8, 2, asked.head_size, asked.head_size**-0.5, made.sinks)
+    found = replace(found, **{"layout": "TND", "per_request": False, **changed})
+    heads = calls.Heads(8, asked.num_kv_heads, asked.head_size, asked.head_size**-0.5, made.sinks)
     query = made.query[: batch.end]
     key, value, table = made.key[: batch.end], made.value[: batch.end], None
     if found.cache != "none":
-        key, value, table = keys.paged((made.key_cache, made.value_cache), batch)
-    return calls.together(found, batch, query, key, value, table, heads)
+        key, value, table = keys.paged((made.key_cache, made.value_cache), batch, tnd=True)
+    return calls.together(found, batch.whole, query, key, value, table, heads)
 
 
 def causal_in_place_of(made, found):
@@ -132,7 +132,7 @@ def window_in_the_mask(made, found):
     """0.18.0's get_swa_mask, and the window as pre_tokens."""
     asked, batch = made.asked, made.batch
     ones = torch.ones(2048, 2048, dtype=torch.bool)
-    key, value, table = keys.paged((made.key_cache, made.value_cache), batch)
+    key, value, table = keys.paged((made.key_cache, made.value_cache), batch, tnd=True)
     return torch.ops.npu.npu_fused_infer_attention_score_v2(
         made.query[: batch.end],
         key,
@@ -156,7 +156,7 @@ def window_in_the_mask(made, found):
 def lengths_as_they_are(made, found):
     """More query ends than lengths."""
     batch = made.batch
-    key, value, table = keys.paged((made.key_cache, made.value_cache), batch)
+    key, value, table = keys.paged((made.key_cache, made.value_cache), batch, tnd=True)
     return torch.ops.npu.npu_fused_infer_attention_score(
         made.query[: batch.query_ends[-1]],
         key,
@@ -205,6 +205,8 @@ THEIRS = {
     ("0.23.0", "wide window"): window_as_pre_tokens,
     ("0.23.0", "not causal window"): everything_seen,
 }
+for _release in ("0.13.0", "0.18.0", "0.23.0"):
+    THEIRS[_release, "wide heads"] = causal_in_place_of
 for _release in ("0.11.0", "0.13.0", "0.18.0"):
     THEIRS[_release, "decode window"] = single_queries_in_bsh
 for _release in ("0.13.0", "0.18.0"):
@@ -223,7 +225,7 @@ STOPPED = {"cross attention", "speculation"}
 
 
 def test_all_that_is_called_wrong_is_shown():
-    wanted = {(r, b.name) for r, b in EACH if b.verdict == "wrong"}
+    wanted = {(r, b.name) for r, b in EACH if b.verdict in ("wrong", "depends on CANN")}
     wanted |= {(r, b.name) for r, b in EACH if b.verdict == "fails" and b.name not in STOPPED}
     assert set(THEIRS) == wanted
 
@@ -244,7 +246,7 @@ def test_what_a_release_does_is_wrong_and_what_we_do_is_right(release, behaviour
     except OperatorError:
         assert behaviour.verdict == "fails" or behaviour.name == "sinks window"
         return
-    assert behaviour.verdict == "wrong"
+    assert behaviour.verdict in ("wrong", "depends on CANN")
     theirs = ours.clone()
     theirs[: made.ends[-1]] = out[: made.ends[-1]]
     assert made.judge(theirs), "the release is right here"

@@ -21,6 +21,7 @@ from ascend_patch.kernels.attention.case import (
     Case,
     Route,
 )
+from ascend_patch.kernels.attention.refusals import REFUSALS
 from ascend_patch.kernels.attention.route import route
 
 MUST_ANSWER = [
@@ -78,13 +79,13 @@ def test_what_must_be_answered_is():
 
 def test_every_refusal_has_its_case_and_its_sentence():
     """A refusal that nothing reaches would be a sentence that nobody checks."""
-    assert set(REFUSED) == {refusal.name for refusal in table.REFUSALS}
+    assert set(REFUSED) == {refusal.name for refusal in REFUSALS}
     for name, case in REFUSED.items():
         found = route(case)
         assert (found.row, found.operator) == (name, HOST)
         assert found.reason.endswith(": the host's own attention runs.")
         assert "{" not in found.reason
-        assert [r.name for r in table.REFUSALS if r.when(case)] == [name]
+        assert [r.name for r in REFUSALS if r.when(case)] == [name]
 
 
 def test_limits_are_where_they_are_said_to_be():
@@ -119,7 +120,7 @@ def test_every_case_matches_a_row_and_every_row_a_case():
 
 
 def test_names_are_unique():
-    names = [x.name for x in (*table.ROWS, *table.REFUSALS)]
+    names = [x.name for x in (*table.ROWS, *REFUSALS)]
     assert len(names) == len(set(names))
 
 
@@ -175,10 +176,52 @@ def test_encoders_never_read_a_cache():
 
 
 def test_a_window_that_is_not_known_to_hide_nothing_is_kept():
-    wide = Case("decode", head_size=256, sliding_window=64)
-    assert route(wide).cache == "gathered"
-    assert route(replace(wide, max_seq_len=65)).cache == "gathered"
-    assert route(replace(wide, max_seq_len=64)).row == "window-covers-cache"
+    wide = Case("decode", head_size=256, num_kv_heads=2, sliding_window=64)
+    assert route(wide).row == "alone-window-cache"
+    assert route(replace(wide, max_seq_len=65)).row == "alone-window-cache"
+    assert route(replace(wide, max_seq_len=64)).row == "causal-cache"
+    assert "hides nothing" in route(replace(wide, max_seq_len=64)).reason
+
+
+def test_what_cann_has_a_kernel_for_in_tnd():
+    """Its own code: 64 and 128; 192 in bfloat16, or grouped; 256 grouped; bands to 128."""
+    for head_size, group, dtype, window, layout in (
+        (64, 1, "float16", 9, "TND"),
+        (128, 8, "bfloat16", 9, "TND"),
+        (192, 1, "bfloat16", None, "TND"),
+        (192, 1, "float16", None, "BSH"),
+        (192, 4, "float16", None, "TND"),
+        (192, 1, "bfloat16", 9, "BSH"),
+        (192, 4, "bfloat16", 9, "BSH"),
+        (256, 1, "bfloat16", None, "BSH"),
+        (256, 4, "bfloat16", None, "TND"),
+        (256, 4, "bfloat16", 9, "BSH"),
+    ):
+        for state in STATES:
+            case = Case(
+                state,
+                head_size=head_size,
+                num_kv_heads=8 // group,
+                dtype=dtype,
+                sliding_window=window,
+            )
+            assert route(case).layout == layout, case
+            assert route(case).per_request == (layout == "BSH")
+
+
+def test_blocks_that_an_operator_does_not_take_are_copied():
+    for head_size, block_size, cache in (
+        (128, 16, "paged"),
+        (128, 1024, "paged"),
+        (128, 24, "copied"),
+        (128, 1040, "copied"),
+        (256, 128, "paged"),
+        (256, 64, "copied"),
+    ):
+        case = Case("decode", head_size=head_size, num_kv_heads=2, block_size=block_size)
+        assert route(case).cache == cache
+        alone = replace(case, num_kv_heads=8, head_size=256)
+        assert route(alone).cache == ("paged" if block_size == 128 else "copied")
 
 
 def test_an_empty_batch_is_nothing():
