@@ -122,16 +122,20 @@ def forward_0_23(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     the right number, for as long as it runs, mends all three.
     """
     metadata = args[5] if len(args) > 5 else kwargs.get("attn_metadata")
-    window = instance.sliding_window
-    if window is None or metadata is None or not steps.is_plain(instance):
+    if metadata is None or not steps.is_plain(instance):
         return wrapped(*args, **kwargs)
-    if metadata.model_runner_type == "pooling" and not metadata.causal:
-        if steps.hides_something(window, metadata):
-            step = Step(*args, **kwargs)
-            if steps.answered(instance, step, NO_WINDOW, _cached_0_18):
-                return step.output
-        return wrapped(*args, **kwargs)
+    defect = _defect_0_23(instance, metadata)
+    if defect:
+        step = Step(*args, **kwargs)
+        if steps.answered(instance, step, defect, _cached_0_18):
+            return step.output
     return _with_the_window(wrapped, instance, args, kwargs)
+
+
+def _defect_0_23(instance: Any, metadata: Any) -> str:
+    if metadata.model_runner_type == "pooling" and not metadata.causal:
+        return _defect_0_18(instance, metadata)
+    return _lengths(metadata)
 
 
 def _with_the_window(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

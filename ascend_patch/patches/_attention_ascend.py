@@ -54,6 +54,15 @@ BANDS = (
     Band(
         "vllm_ascend",
         "",
+        ("0.23.0", "releases/v0.23.0"),
+        (
+            _base(":forward_0_23", *OPERATORS, f"{BASE}.update_graph_params"),
+            _c8("forward_c8_0_23", f"{C8}._reshape_and_cache"),
+        ),
+    ),
+    Band(
+        "vllm_ascend",
+        "",
         ("0.18.0", "releases/v0.18.0"),
         (_base(":forward_0_18", *OPERATORS, SLIDING), _c8("forward_c8")),
     ),
@@ -62,5 +71,19 @@ BANDS = (
         "",
         ("0.13.0", "releases/v0.13.0"),
         (_base(":forward_0_13", *OPERATORS, SLIDING),),
+    ),
+    Band(
+        "vllm_ascend",
+        "",
+        ("0.11.0", "v0.11.0-dev"),
+        (
+            _base(
+                "_0_11:forward",
+                f"{BASE}._forward_prefill_no_cache",
+                f"{BASE}._forward_prefill_cache_hit",
+                f"{BASE}._forward_decode_only",
+                f"{BASE}._forward_v1_style",
+            ),
+        ),
     ),
 )

@@ -59,6 +59,7 @@ def run(
 def results(label: str, patches: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Each case's report, and the state of the patch in that process."""
     found, state = run(label, ALL, patches=patches)
+    assert state["state"] == ("off" if patches == "none" else "applied"), state
     return found, state
 
 

@@ -54,7 +54,12 @@ info.__device_type__ = "A2"
 """
 
 # The release whose environment a branch head runs in. It is no package of the index.
-BRANCHES = {"releases/v0.13.0": "0.13.0", "v0.11.0-dev": "0.11.0"}
+BRANCHES = {
+    "v0.11.0-dev": "0.11.0",
+    "releases/v0.13.0": "0.13.0",
+    "releases/v0.18.0": "0.18.0",
+    "releases/v0.23.0": "0.23.0",
+}
 
 
 class Host:
