@@ -13,6 +13,7 @@ from typing import Any
 
 from ascend_patch import _bootstrap
 from ascend_patch.kernels.attention.case import HOST, Case
+from ascend_patch.kernels.attention.route import route
 
 BACKEND = "ascend_patch.impl.attention_vllm_backend.AscendAttentionBackend"
 # In the routing table: CPU tensors behind the operator surface.
@@ -56,24 +57,23 @@ def refusal(config: Any) -> str:
         return "the model attends to parts of its prompt in both directions"
     if config.block_size is not None and config.block_size % BLOCK_SIZE:
         return f"--block-size {config.block_size} is no multiple of {BLOCK_SIZE}"
-    from ascend_patch.kernels.attention.route import route
+    return refusal_of(
+        head_size=config.head_size,
+        sinks=config.has_sink,
+        dtype=str(config.dtype).removeprefix("torch."),
+        kv_dtype=config.kv_cache_dtype or "auto",
+    )
 
-    for state in STATES:
-        found = route(
-            Case(
-                state,
-                head_size=config.head_size,
-                sinks=config.has_sink,
-                dtype=str(config.dtype).removeprefix("torch."),
-                kv_dtype=config.kv_cache_dtype or "auto",
-                soc=SYSTEM,
-                torch_npu=TORCH_NPU,
-                cann=CANN,
-            )
-        )
-        if found.operator == HOST:
-            return found.reason
-    return ""
+
+def refusal_of(**fields: Any) -> str:
+    """Why some batch of a layer is left to the host, given fields of its cases; empty if none."""
+    found = (route(case_of(state, **fields)) for state in STATES)
+    return next((one.reason for one in found if one.operator == HOST), "")
+
+
+def case_of(state: str, **fields: Any) -> Case:
+    """A case on the emulated device."""
+    return Case(state, block_size=BLOCK_SIZE, soc=SYSTEM, torch_npu=TORCH_NPU, cann=CANN, **fields)
 
 
 @cache

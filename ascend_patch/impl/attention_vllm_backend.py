@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 import torch
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl
 
-from ascend_patch.impl.attention_vllm import BLOCK_SIZE, CANN, SYSTEM, TORCH_NPU
+from ascend_patch.impl.attention_vllm import BLOCK_SIZE, case_of, refusal_of
 from ascend_patch.impl.attention_vllm_metadata import (
     AscendAttentionMetadataBuilder,
     AscendMetadata,
 )
 from ascend_patch.kernels.attention.attend import attend
-from ascend_patch.kernels.attention.case import HOST, Case, Route
+from ascend_patch.kernels.attention.case import HOST, Route
 from ascend_patch.kernels.attention.route import route
 
 
@@ -81,12 +81,6 @@ class AscendAttentionBackendImpl(AttentionImpl):  # type: ignore[misc]
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
     ) -> None:
-        for given, what in ((alibi_slopes, "ALiBi slopes"), (logits_soft_cap, "a soft cap")):
-            if given:
-                raise NotImplementedError(
-                    f"the emulated device has no attention operator with {what}, which this model "
-                    "needs; run it without ASCEND_PATCHES_DEVICE=emulated"
-                )
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
@@ -97,6 +91,15 @@ class AscendAttentionBackendImpl(AttentionImpl):  # type: ignore[misc]
         # Its keys are those that another layer has written.
         self.shares_cache = kv_sharing_target_layer_name is not None
         self.sinks = sinks
+        # What layers are made in, as vLLM has it.
+        dtype = _name(torch.get_default_dtype())
+        reason = _not_here(alibi_slopes, logits_soft_cap)
+        reason = reason or refusal_of(dtype=dtype, **self._fields())
+        if reason:
+            raise NotImplementedError(
+                f"the emulated device cannot run this model: {reason} Run it without "
+                "ASCEND_PATCHES_DEVICE=emulated."
+            )
         self._kind = (
             num_heads,
             self.num_kv_heads,
@@ -183,29 +186,42 @@ class AscendAttentionBackendImpl(AttentionImpl):  # type: ignore[misc]
         if state == "prefill" and self.shares_cache:
             state = "chunked"
         found = route(
-            Case(
+            case_of(
                 state,
                 causal=metadata.causal,
-                head_size=self.head_size,
-                num_heads=self.num_heads,
-                num_kv_heads=self.num_kv_heads,
-                sliding_window=self.sliding_window,
-                sinks=self.sinks is not None,
                 pooling=metadata.pooling,
-                attn_type=self.attn_type,
-                dtype=str(dtype).removeprefix("torch."),
-                kv_dtype=self.kv_cache_dtype,
-                block_size=BLOCK_SIZE,
+                dtype=_name(dtype),
                 max_query_len=metadata.longest,
                 min_query_len=metadata.shortest,
                 max_seq_len=metadata.longest_context,
                 batch=len(metadata.batch.seq_lens),
                 padded=metadata.padded,
-                soc=SYSTEM,
-                torch_npu=TORCH_NPU,
-                cann=CANN,
+                **self._fields(),
             )
         )
         if found.operator == HOST:
             raise NotImplementedError(f"the emulated device cannot attend: {found.reason}")
         return found
+
+    def _fields(self) -> dict[str, Any]:
+        """What the layer's cases have in common."""
+        return {
+            "head_size": self.head_size,
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "sliding_window": self.sliding_window,
+            "sinks": self.sinks is not None,
+            "attn_type": self.attn_type,
+            "kv_dtype": self.kv_cache_dtype,
+        }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _not_here(alibi_slopes: list[float] | None, logits_soft_cap: float | None) -> str:
+    for given, what in ((alibi_slopes, "ALiBi slopes"), (logits_soft_cap, "a soft cap")):
+        if given:
+            return f"No attention operator has {what}, which its layers need."
+    return ""

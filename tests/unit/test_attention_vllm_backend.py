@@ -311,8 +311,30 @@ def test_a_warm_up_has_no_metadata_and_perhaps_no_cache(seed):
 
 @pytest.mark.parametrize(
     ("given", "what"),
-    [({"alibi_slopes": [0.5] * HEADS}, "ALiBi"), ({"logits_soft_cap": 30.0}, "a soft cap")],
+    [
+        ({"alibi_slopes": [0.5] * HEADS}, "ALiBi"),
+        ({"logits_soft_cap": 30.0}, "a soft cap"),
+        ({"sliding_window": 0}, "The sliding window is 0"),
+        ({"num_heads": 514}, "There are 514 query heads"),
+        ({"kv_cache_dtype": "fp8"}, "The cache holds fp8"),
+        # Its dtype is what layers are made in, here float32.
+        ({"kv_cache_dtype": "float16"}, "The cache holds float16"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_layer_that_no_operator_computes_says_so(given, what):
+def test_a_layer_that_no_operator_computes_says_so_before_a_request_comes(given, what):
+    layer = {"num_heads": HEADS, "head_size": HEAD, "scale": SCALE, "num_kv_heads": KV_HEADS}
     with pytest.raises(NotImplementedError, match=f"{what}.*without ASCEND_PATCHES_DEVICE"):
-        AscendAttentionBackendImpl(HEADS, HEAD, SCALE, KV_HEADS, **given)
+        AscendAttentionBackendImpl(**{**layer, **given})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_cache_may_be_asked_for_in_the_model_s_own_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        name = str(dtype).removeprefix("torch.")
+        layer = AscendAttentionBackendImpl(HEADS, HEAD, SCALE, KV_HEADS, kv_cache_dtype=name)
+    finally:
+        torch.set_default_dtype(before)
+    assert layer.kv_cache_dtype == name
