@@ -200,8 +200,9 @@ def mrope_into(
     if key is None or out_key is None or not query.shape[0]:
         return
     by_axis = mrope_section is not None and positions.dim() == 2
-    # The operator looks rows up unchecked: outside the cache it would read past it.
-    positions = positions.clamp(0, cos_sin_cache.shape[0] - 1)
+    # The operator looks rows up unchecked: outside the cache it would read past it. Before
+    # torch_npu 2.10 it is documented to take int64 alone.
+    positions = positions.clamp(0, cos_sin_cache.shape[0] - 1).long()
     found = torch.ops.npu.npu_mrope(
         (positions if by_axis else positions.reshape(-1)).contiguous(),
         query.reshape(query.shape[0], -1).contiguous(),

@@ -83,6 +83,10 @@ def test_strided_caches_are_an_allowance():
     one = cache._npu_reshape_and_cache_siso
     assert_refused(one, alone, {"key_cache": gap}, STRIDES, strict=True)
     assert_refused(one, alone, {"key": wide, "key_cache": wide}, "key is torch.float32")
+    assert_refused(one, alone, {"key_cache": wide}, "key_cache torch.float32; all must have")
+    assert_refused(one, alone, {"key_cache": ones(4, 16, 1, 32)}, "the same heads and head_size")
+    nothing = {"key": ones(0, 2, 16), "slot_indices": ints()}
+    assert_refused(one, alone, nothing, r"key \[0, 2, 16\] is empty")
     assert_refused(one, alone, {"slot_indices": ints(0, 1, 64)}, "has 64 and the cache 64 slots")
     one(**{**alone, "key_cache": gap(alone["key_cache"])})
 
@@ -118,6 +122,8 @@ SCATTERS = {
         {"key_cache": ones(4, 16, 2, 32), "value_cache": ones(4, 16, 2, 16)},
         'must be NZ.* say cache_mode="Norm"',
     ),
+    "an ND cache of keys": ({"key_cache": ones(4, 16, 2, 32)}, "key_cache .* must be NZ"),
+    "an ND cache of values": ({"value_cache": ones(4, 16, 2, 16)}, "value_cache .* must be NZ"),
     "value's dtype": ({"value": lambda x: x.bfloat16()}, "same dtype"),
     "float32": (
         dict.fromkeys(("key", "value", "key_cache", "value_cache"), wide),
@@ -145,6 +151,7 @@ def test_scatter_into_nd_refuses_what_nz_refuses():
         cache.npu_scatter_pa_kv_cache(**call, cache_mode="Norm")
         for changes, sentence in (
             ({"key_cache": ones(4, 16, 1, 64)}, "the same heads and head_size"),
+            ({"value_cache": ones(4, 16, 1, 32)}, "the same heads and head_size"),
             ({"value_cache": ones(4, 8, 2, 16)}, "same blocks and block_size"),
             ({"slot_mapping": ints(0, -1, 1)}, "not skipped"),
         ):
@@ -189,7 +196,8 @@ LOADS = {
         "are 36 tokens and key has 35 rows",
     ),
     "rows of value": ({"value": ones(35, 2, 8)}, "must have the same tokens"),
-    "heads": ({"key": ones(36, 1, 16)}, "the same heads and head_size"),
+    "heads": ({"key": ones(36, 1, 16)}, "key .* the same heads and head_size"),
+    "heads of value": ({"value": ones(36, 1, 8)}, "value .* the same heads and head_size"),
     "dtype": ({"key": lambda x: x.bfloat16()}, "all must have the same dtype"),
     "float32": (
         dict.fromkeys(("key", "value", "key_cache", "value_cache"), wide),
@@ -212,6 +220,8 @@ def test_paged_cache_load_refuses(name):
 
 
 GATHERS = {
+    "heads": ({"value": ones(36, 1, 8)}, "value .* the same heads and head_size"),
+    "rows of value": ({"value": ones(35, 2, 8)}, "must have the same tokens"),
     "int64 table": ({"block_tables": lambda x: x.long()}, "block_tables is torch.int64"),
     "int64 lengths": ({"seq_lens": lambda x: x.long()}, "seq_lens is torch.int64"),
     "lengths and rows": (
