@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ascend_patch.kernels.npu_ops import surface
 from ascend_patch.kernels.npu_ops.errors import OperatorError, require
 from ascend_patch.kernels.npu_ops.settings import allowed, torch_npu_at_least
 
@@ -231,7 +232,8 @@ def rotary_embedding(
     _first(operator, cache)
 
 
-_kept: list[Tensor] = []
+# The surface that stands for a process, and the first cache that it saw.
+_kept: list[tuple[surface.Surface | None, Tensor]] = []
 
 
 def forget() -> None:
@@ -243,9 +245,10 @@ def _first(operator: str, cache: Tensor) -> None:
     """torch_npu's adapter makes cosines and sines of the first cache and never of another."""
     if allowed("other_cos_sin_cache"):
         return
-    if not _kept:
-        _kept.append(cache.clone())
-    first = _kept[0]
+    process = surface.installed()
+    if not _kept or _kept[0][0] is not process:
+        _kept[:] = [(process, cache.clone())]
+    first = _kept[0][1]
     if first.shape != cache.shape or not torch.equal(first.float(), cache.float()):
         raise OperatorError(
             f"{operator}: cos_sin_cache {list(cache.shape)} is another than the first of this "

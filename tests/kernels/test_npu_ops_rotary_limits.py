@@ -259,7 +259,7 @@ def test_rotary_embedding_refuses(name):
     assert_refused(rotary._npu_rotary_embedding, inplace_call(), changes, sentence)
 
 
-def test_rotary_embedding_keeps_the_first_cache_where_that_is_not_allowed():
+def test_rotary_embedding_keeps_the_first_cache_where_that_is_not_allowed(monkeypatch):
     rotary_checks.forget()
     call = inplace_call()
     other = {"cos_sin_cache": lambda x: x * 2}
@@ -272,6 +272,10 @@ def test_rotary_embedding_keeps_the_first_cache_where_that_is_not_allowed():
                 rotary._npu_rotary_embedding(
                     **{**call, **{n: c(call[n]) if callable(c) else c for n, c in change.items()}}
                 )
+        # Another surface is another process.
+        with monkeypatch.context() as patch:
+            patch.setattr(rotary_checks.surface, "installed", lambda: "another")
+            rotary._npu_rotary_embedding(**{**call, "cos_sin_cache": call["cos_sin_cache"] * 2})
         rotary_checks.forget()
         rotary._npu_rotary_embedding(**{**call, "cos_sin_cache": call["cos_sin_cache"] * 2})
     rotary_checks.forget()
