@@ -44,6 +44,7 @@ MTP, EAGLE = Speculation("mtp", 3), Speculation("eagle", 3)
         # Mixed, by what the scheduler does with prompts.
         ([1, 9], [7, 9], {}, "chunked"),
         ([4, 9], [132, 9], {}, "chunked"),
+        ([9, 4], [9, 132], {}, "chunked"),
         ([4, 9], [132, 9], {"chunked_prefill": False}, "cache_hit"),
         # Drafts: one token, and up to three guesses.
         ([4, 1, 2], [40, 7, 9], {"speculation": MTP}, "speculative"),
@@ -228,10 +229,13 @@ class Server:
         # The padding's slots are -1.
         mapping = torch.cat([*slots, torch.full((pad,), -1)])
         self.layer.do_kv_cache_update(None, key, value, self.cache, mapping)
-        out = torch.full((total + pad, HEADS, HEAD), torch.nan)
+        # Rows behind the batch, as a graph of a fixed size has them.
+        behind = torch.full((3, HEADS, HEAD), torch.nan)
+        query = torch.cat([query, behind])
+        out = torch.full_like(query, torch.nan)
         got = self.layer.forward(None, query, key, value, self.cache, metadata, output=out)
         assert got is out
-        right.append(torch.zeros(pad, HEADS, HEAD, dtype=torch.float64))
+        right.append(torch.zeros(pad + len(behind), HEADS, HEAD, dtype=torch.float64))
         return out, torch.cat(right), metadata
 
 
