@@ -259,8 +259,12 @@ def test_atb_paged_attention(generator):
 
 
 @pytest.mark.parametrize("kv_heads", [32, 8])
-def test_atb_flash_attention(generator, kv_heads):
-    """flash_attention: 16 sequences of 128 there, a float16 mask of -10000 above the diagonal."""
+@pytest.mark.parametrize("masked", [True, False])
+def test_atb_flash_attention(generator, kv_heads, masked):
+    """flash_attention: 16 sequences of 128 there, a float16 mask of -10000 above the diagonal.
+
+    flash_attention_unpad: the same without a mask.
+    """
     batch, tokens, heads, size = 3, 128, 32, 128
     narrow = int(torch.randint(1, size, (), generator=generator))
     query = uniform(generator, batch * tokens, heads, size)
@@ -270,10 +274,18 @@ def test_atb_flash_attention(generator, kv_heads):
     out = torch.full((batch * tokens, heads, narrow), torch.nan).half()
     lengths = torch.full((batch,), tokens, dtype=torch.int32)
     scale = float(np.float16(size**-0.5))
-    paged._npu_flash_attention(query, key, value, mask, lengths, scale, heads, kv_heads, out)
+    rest = (lengths, scale, heads, kv_heads, out)
+    if masked:
+        paged._npu_flash_attention(query, key, value, mask, *rest)
+    else:
+        paged._npu_flash_attention_unpad(query, key, value, *rest)
     for index in range(batch):
         part = slice(index * tokens, (index + 1) * tokens)
-        wanted, *_ = dense(*(fp64(x)[part] for x in (query, key, value)), scale, added=fp64(mask))
+        wanted, *_ = dense(
+            *(fp64(x)[part] for x in (query, key, value)),
+            scale,
+            added=fp64(mask) if masked else None,
+        )
         assert_near(out[part], wanted)
 
 
