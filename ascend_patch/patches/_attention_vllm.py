@@ -46,3 +46,9 @@ BANDS = (
         devices=("npu", "cuda", "cpu"),
     ),
 )
+
+UNTOUCHED = (
+    "vllm on the emulated device: encoder layers, MLA, and models that no operator takes (heads of "
+    "other sizes, fp8 caches, prefix LMs) keep vLLM's own CPU attention; ALiBi and soft caps are "
+    "refused when the model is made",
+)

@@ -26,6 +26,15 @@ SCALE = HEAD**-0.5
 MTP, EAGLE = Speculation("mtp", 3), Speculation("eagle", 3)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The tensors are small, and tests beside these want the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # --- what a batch is ---------------------------------------------------------------------------
 
 
