@@ -23,5 +23,6 @@ def gather(cache: Tensor, table: Tensor, seen: slice, kv_heads: int, heads_first
     blocks = cache.index_select(0, table[first:last].to(torch.int64))
     if heads_first:
         blocks = blocks.transpose(1, 2)
-    rows = blocks.reshape((last - first) * size, kv_heads, -1)
+    width = cache[0].numel() // (size * kv_heads)
+    rows = blocks.reshape((last - first) * size, kv_heads, width)
     return rows[seen.start - first * size : seen.stop - first * size]

@@ -14,7 +14,7 @@ from torch import Tensor
 from ascend_patch.kernels.npu_ops import fusion_checks, softmax
 
 _MOST = 2147483647
-_LEFT_UP, _RIGHT_DOWN, _BAND = 2, 3, 4
+_IN_FULL, _LEFT_UP, _RIGHT_DOWN, _BAND = (0, 1), 2, 3, 4
 # How often the operator repeats a row's maximum and sum.
 _REPEATS = 8
 
@@ -83,7 +83,7 @@ def npu_fusion_attention(
         hidden = _hidden(
             index, own.shape[0], seen.shape[0], atten_mask, sparse_mode, pre_tockens, next_tockens
         )
-        if input_layout == "TND" and atten_mask is not None:
+        if input_layout == "TND" and atten_mask is not None and sparse_mode in _IN_FULL:
             fusion_checks.check_rows(index, hidden)
         found, largest, total = _heads(own, seen, values[columns], scale, hidden, sink)
         out[rows], maxima[rows], sums[rows] = found, largest, total

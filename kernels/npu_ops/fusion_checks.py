@@ -66,7 +66,7 @@ def check(
 
 
 def check_rows(index: int, hidden: Tensor | None) -> None:
-    """In TND no row of a mask may hide everything; ``index`` is the sequence's."""
+    """In TND no row of a mask in full may hide everything; ``index`` is the sequence's."""
     if hidden is not None and bool(hidden.all(-1).any()):
         row = int(hidden.all(-1).nonzero()[0][-1])
         raise error(
