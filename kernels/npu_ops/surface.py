@@ -20,7 +20,7 @@ import torch
 from ascend_patch.kernels import dispatch
 from ascend_patch.kernels.npu_ops import schemas
 from ascend_patch.kernels.npu_ops.errors import OperatorError
-from ascend_patch.kernels.npu_ops.settings import Settings, set_base, settings
+from ascend_patch.kernels.npu_ops.settings import ALLOWANCES, Settings, set_base, settings
 
 __all__ = ["FAMILIES", "Call", "Surface", "install", "installed", "kernels", "settings"]
 
@@ -113,9 +113,13 @@ def install(
 
     Raises:
         OperatorError: no schema is recorded for so old a release.
+        KeyError: an allowance does not exist.
     """
     global _installed
-    set_to = Settings(release, cann, strict, frozenset(allow))
+    allow = frozenset(allow)
+    for name in allow:
+        ALLOWANCES[name]
+    set_to = Settings(release, cann, strict, allow)
     with _lock:
         if _installed is not None and _installed.release != release:
             _installed.remove()

@@ -498,6 +498,8 @@ def test_int8_keys():
     assert_refused(v1, call, change, "of key is torch.float16; it must be torch.bfloat16")
     change = {"value_antiquant_scale": lambda x: x[..., :64]}
     assert_refused(v1, call, change, r"of value has shape \(1, 2, 1, 64\); .*\(1, 2, 1, 128\)")
+    with settings(allow=("float32",)):
+        v1(**{**call, "query": call["query"].float()})
     for name in ("key_antiquant_mode", "value_antiquant_mode"):
         assert_refused(v1, call, {name: 1}, f"{name}=1 .* only 0, per channel")
     assert_refused(v1, call, {"block_size": 48}, "block_size=48; .* multiple of 32 .*int8 keys")
