@@ -128,7 +128,11 @@ def chunk_gated_delta_rule(
         last = (k.shape[3], v.shape[3]) if state_layout == "KV" else (v.shape[3], k.shape[3])
         final = torch.empty(count, v.shape[2], *last, dtype=torch.float32, device=v.device)
     call = Call(
-        *(x[0] for x in (q, k, v, g, beta)),
+        q=q[0],
+        k=k[0],
+        v=v[0],
+        g=g[0],
+        beta=beta[0],
         scale=k.shape[3] ** -0.5 if scale is None else scale,
         out=out[0],
         metadata=chunk_metadata,

@@ -19,36 +19,31 @@ import triton.language as tl
 
 
 @triton.jit
-def _unit(x, EPS: tl.constexpr):
-    """Rows of length 1."""
-    return x * tl.rsqrt(tl.sum(x * x, 1) + EPS)[:, None]
+def _over_length(x, EPS: tl.constexpr):
+    """1 over the length of each row, float32."""
+    x = x.to(tl.float32)
+    return tl.rsqrt(tl.sum(x * x, 1) + EPS)
 
 
 @triton.jit
-def _inverse(a, CHUNK: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + a) inverted, for a strictly lower triangular.
+def _inverse(a, CHUNK: tl.constexpr, KIND: tl.constexpr):
+    """(I + a) inverted, for a strictly lower triangular; products of numbers rounded to KIND.
 
-    Blocks of PART on the diagonal by forward substitution, which is stable; the rest by a series
-    that ends behind CHUNK / PART terms. Here those are four.
+    Two inverted blocks b and c on the diagonal, and a block d of a below b: what stands there in
+    the inverse is -c d b. So the blocks that are right double in size, from single elements on;
+    what is computed on the way is always a part of the inverse, which keeps it from growing, and
+    each element is rounded once.
     """
-    PARTS: tl.constexpr = CHUNK // PART
-    block = tl.arange(0, PARTS)
-    same = block[:, None, None, None] == block[None, None, :, None]
-    # [block, row, column]: the blocks on the diagonal.
-    inner = tl.sum(tl.where(same, tl.reshape(a, [PARTS, PART, PARTS, PART]), 0.0), 2)
-    row = tl.arange(0, PART)[None, :, None]
-    column = tl.arange(0, PART)[None, None, :]
-    found = tl.where(row == column, 1.0, 0.0) + tl.zeros_like(inner)
-    for i in range(1, PART):
-        factors = tl.sum(tl.where(row == i, inner, 0.0), 1)
-        solved = tl.sum(factors[:, :, None] * found, 1)
-        found = tl.where(row == i, found - solved[:, None, :], found)
-    whole = tl.reshape(tl.where(same, found[:, :, None, :], 0.0), [CHUNK, CHUNK])
     i = tl.arange(0, CHUNK)
-    below = (i[:, None] // PART) > (i[None, :] // PART)
-    m = tl.dot(whole, tl.where(below, a, 0.0), input_precision=PRECISION)
-    part = whole - tl.dot(m, whole, input_precision=PRECISION)
-    return part + tl.dot(tl.dot(m, m, input_precision=PRECISION), part, input_precision=PRECISION)
+    apart = i[:, None] ^ i[None, :]
+    a = a.to(KIND)
+    found = tl.where(apart == 0, 1.0, tl.where(apart == 1, -a, 0.0)).to(KIND)
+    for level in tl.static_range(1, 6):
+        size = 1 << level
+        # Rows and columns whose blocks of that size differ, and those of twice the size do not.
+        between = tl.where((apart >= size) & (apart < 2 * size), a, 0.0).to(KIND)
+        found -= tl.dot(tl.dot(found, between).to(KIND), found).to(KIND)
+    return found
 
 
 @triton.jit
@@ -58,8 +53,8 @@ def prepare_kernel(
     v,
     g,
     beta,
-    unit_q,
-    unit_k,
+    lengths_q,
+    lengths_k,
     w,
     u,
     p,
@@ -79,13 +74,13 @@ def prepare_kernel(
     CHUNK: tl.constexpr,
     NORMALISE: tl.constexpr,
     EPS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SOLVE: tl.constexpr,
 ):
     """One chunk of one value head.
 
     Of q, k [T, H, K], v [T, HV, V] and g, beta [T, HV] it makes w [T, HV, K], u [T, HV, V],
-    p [T, HV, CHUNK] = scale (q k^T) exp(G[i] - G[j]) and decays [T, HV] = G; with NORMALISE also
-    unit_q, unit_k [T, H, K].
+    p [T, HV, CHUNK] = scale (q k^T) exp(G[i] - G[j]) and decays [T, HV] = G. With NORMALISE rows of
+    q and k count as divided by their lengths; lengths_q, lengths_k [T, H] are 1 over these.
     """
     chunk = tl.program_id(0)
     head = tl.program_id(1)
@@ -95,42 +90,64 @@ def prepare_kernel(
     end = tl.load(cu_seqlens + sequence + 1)
     i = tl.arange(0, CHUNK)
     valid = start + i < end
-    # In int64: tokens times heads times their size outgrow int32.
-    at = start.to(tl.int64) + i
+    # In int64: tokens times heads times their size outgrow int32; within a chunk they do not.
+    first = start.to(tl.int64)
     columns = tl.arange(0, K)
-    k_at = k + at[:, None] * k_stride + key_head * K + columns[None, :]
-    q_at = q + at[:, None] * q_stride + key_head * K + columns[None, :]
-    rows_k = tl.load(k_at, mask=valid[:, None], other=0.0)
-    rows_q = tl.load(q_at, mask=valid[:, None], other=0.0)
+    rows_k = tl.load(
+        k + first * k_stride + key_head * K + i[:, None] * k_stride + columns[None, :],
+        mask=valid[:, None],
+        other=0.0,
+    )
     kind = rows_k.dtype
     if NORMALISE:
-        rows_k = _unit(rows_k.to(tl.float32), EPS).to(kind)
-        rows_q = _unit(rows_q.to(tl.float32), EPS).to(kind)
+        length_k = _over_length(rows_k, EPS)
         if head % (HV // H) == 0:
-            out_at = (at[:, None] * H + key_head) * K + columns[None, :]
-            tl.store(unit_k + out_at, rows_k, mask=valid[:, None])
-            tl.store(unit_q + out_at, rows_q, mask=valid[:, None])
+            tl.store(lengths_k + first * H + key_head + i * H, length_k, mask=valid)
 
-    steps = tl.load(g + at * g_stride + head, mask=valid, other=0.0).to(tl.float32)
-    weights = tl.load(beta + at * beta_stride + head, mask=valid, other=0.0).to(tl.float32)
+    steps = tl.load(g + first * g_stride + head + i * g_stride, mask=valid, other=0.0).to(
+        tl.float32
+    )
+    weights = tl.load(
+        beta + first * beta_stride + head + i * beta_stride, mask=valid, other=0.0
+    ).to(tl.float32)
     lower = i[:, None] >= i[None, :]
     total = tl.sum(tl.where(lower, steps[None, :], 0.0), 1)
-    tl.store(decays + at * HV + head, total, mask=valid)
+    tl.store(decays + first * HV + head + i * HV, total, mask=valid)
     # Above the diagonal the exponent is positive and without bound.
     decay = tl.exp(tl.where(lower, total[:, None] - total[None, :], 0.0))
 
-    scores = tl.dot(rows_q, tl.trans(rows_k)) * (scale * decay)
-    p_at = p + (at[:, None] * HV + head) * CHUNK + i[None, :]
+    into = weights
+    if NORMALISE:
+        into = weights * length_k
+        decay *= length_k[None, :]
+    # What is j's part of a length is in decay, what is i's in the factor of a row.
+    a = tl.dot(rows_k, tl.trans(rows_k)) * (into[:, None] * decay)
+    solve = _inverse(tl.where(i[:, None] > i[None, :], a, 0.0), CHUNK, SOLVE).to(kind)
+    scaled = (rows_k.to(tl.float32) * (into * tl.exp(total))[:, None]).to(kind)
+    w_at = w + first * (HV * K) + head * K + i[:, None] * (HV * K) + columns[None, :]
+    tl.store(w_at, tl.dot(solve, scaled).to(kind), mask=valid[:, None])
+
+    rows_q = tl.load(
+        q + first * q_stride + key_head * K + i[:, None] * q_stride + columns[None, :],
+        mask=valid[:, None],
+        other=0.0,
+    )
+    out = tl.zeros([CHUNK], dtype=tl.float32) + scale
+    if NORMALISE:
+        length_q = _over_length(rows_q, EPS)
+        out *= length_q
+        if head % (HV // H) == 0:
+            tl.store(lengths_q + first * H + key_head + i * H, length_q, mask=valid)
+    scores = tl.dot(rows_q, tl.trans(rows_k)) * (out[:, None] * decay)
+    p_at = p + first * (HV * CHUNK) + head * CHUNK + i[:, None] * (HV * CHUNK) + i[None, :]
     tl.store(p_at, tl.where(lower, scores, 0.0).to(kind), mask=valid[:, None])
 
-    a = tl.dot(rows_k, tl.trans(rows_k)) * (weights[:, None] * decay)
-    solve = _inverse(tl.where(i[:, None] > i[None, :], a, 0.0), CHUNK, 16, PRECISION).to(kind)
-    scaled = (rows_k.to(tl.float32) * (weights * tl.exp(total))[:, None]).to(kind)
-    w_at = w + (at[:, None] * HV + head) * K + columns[None, :]
-    tl.store(w_at, tl.dot(solve, scaled).to(kind), mask=valid[:, None])
     columns_v = tl.arange(0, V)
-    v_at = v + at[:, None] * v_stride + head * V + columns_v[None, :]
-    values = tl.load(v_at, mask=valid[:, None], other=0.0).to(tl.float32)
+    values = tl.load(
+        v + first * v_stride + head * V + i[:, None] * v_stride + columns_v[None, :],
+        mask=valid[:, None],
+        other=0.0,
+    ).to(tl.float32)
     values = (values * weights[:, None]).to(kind)
-    u_at = u + (at[:, None] * HV + head) * V + columns_v[None, :]
+    u_at = u + first * (HV * V) + head * V + i[:, None] * (HV * V) + columns_v[None, :]
     tl.store(u_at, tl.dot(solve, values).to(kind), mask=valid[:, None])

@@ -24,6 +24,8 @@ def scan_kernel(
     u,
     p,
     decays,
+    lengths_q,
+    lengths_k,
     initial,
     final,
     state_indices,
@@ -33,7 +35,8 @@ def scan_kernel(
     q_stride,
     k_stride,
     o_stride,
-    state_stride,
+    initial_stride,
+    final_stride,
     scale,
     H: tl.constexpr,
     HV: tl.constexpr,
@@ -41,6 +44,7 @@ def scan_kernel(
     V: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
+    NORMALISE: tl.constexpr,
     STATE_K: tl.constexpr,
     STATE_V: tl.constexpr,
     INDEXED: tl.constexpr,
@@ -49,8 +53,8 @@ def scan_kernel(
 ):
     """COLUMNS of the state of one value head of one sequence.
 
-    initial, final: states, a sequence's at its number times state_stride, or with INDEXED at that
-    of its slot; an element [k, v] of a head at k * STATE_K + v * STATE_V. A slot below 0 has no
+    initial, final: states, a sequence's at its number times the stride, or with INDEXED at that of
+    its slot; an element [k, v] of a head at k * STATE_K + v * STATE_V. A slot below 0 has no
     state: it is neither read nor written.
     """
     part = tl.program_id(0)
@@ -66,18 +70,20 @@ def scan_kernel(
     slot = sequence.to(tl.int64)
     if INDEXED:
         slot = tl.load(state_indices + sequence).to(tl.int64)
-    place = slot * state_stride + head * K * V
-    place += rows[:, None] * STATE_K + columns[None, :] * STATE_V
+    place = head * K * V + rows[:, None] * STATE_K + columns[None, :] * STATE_V
     kept = slot >= 0
     state = tl.zeros([K, COLUMNS], dtype=tl.float32)
     if INITIAL:
         wanted = kept
         if INDEXED:
             wanted = kept & (tl.load(has_initial_state + sequence) != 0)
-        state += tl.load(initial + place, mask=wanted, other=0.0).to(tl.float32)
+        state += tl.load(initial + slot * initial_stride + place, mask=wanted, other=0.0).to(
+            tl.float32
+        )
 
     for first in range(start, end, CHUNK):
         valid = first + i < end
+        # In int64: tokens times heads times their size outgrow int32.
         at = (first + i).to(tl.int64)
         w_at = w + (at[:, None] * HV + head) * K + rows[None, :]
         u_at = u + (at[:, None] * HV + head) * V + columns[None, :]
@@ -90,18 +96,23 @@ def scan_kernel(
         scores = tl.load(p_at, mask=valid[:, None], other=0.0)
         written = tl.load(u_at, mask=valid[:, None], other=0.0).to(tl.float32)
         total = tl.load(decays + at * HV + head, mask=valid, other=0.0)
-        last = tl.load(decays + (tl.minimum(first + CHUNK, end) - 1).to(tl.int64) * HV + head)
+        # Not loaded: one element's load is not masked, and loads run ahead of the loop's end.
+        last = tl.sum(tl.where(i == tl.minimum(CHUNK, end - first) - 1, total, 0.0), 0)
+        read = scale * tl.exp(total)
+        left = tl.where(valid, tl.exp(last - total), 0.0)
+        if NORMALISE:
+            read *= tl.load(lengths_q + at * H + key_head, mask=valid, other=0.0)
+            left *= tl.load(lengths_k + at * H + key_head, mask=valid, other=0.0)
         kind = rows_w.dtype
 
         before = state.to(kind)
         written -= tl.dot(rows_w, before)
-        out = tl.dot(rows_q, before) * (scale * tl.exp(total))[:, None]
+        out = tl.dot(rows_q, before) * read[:, None]
         out += tl.dot(scores, written.to(kind))
         o_at = o + at[:, None] * o_stride + head * V + columns[None, :]
         tl.store(o_at, out.to(o.dtype.element_ty), mask=valid[:, None])
-        left = tl.where(valid, tl.exp(last - total), 0.0)
         state *= tl.exp(last)
         state += tl.dot(tl.trans(rows_k), (written * left[:, None]).to(kind))
 
     if FINAL:
-        tl.store(final + place, state.to(final.dtype.element_ty), mask=kept)
+        tl.store(final + slot * final_stride + place, state.to(final.dtype.element_ty), mask=kept)
