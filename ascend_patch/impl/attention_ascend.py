@@ -19,6 +19,7 @@ SINKS_MASK = "sinks with the mask of a window in place of the causal one"
 NO_SINKS = "sinks ignored"
 LENGTHS = "lengths of fewer requests than there are queries"
 EMPTY = "a batch without queries"
+WINDOW_ROWS = ("window-prefill", "window-cache", "sinks-window-prefill", "sinks-window-cache")
 
 
 def forward_0_13(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -141,13 +142,22 @@ def _defect_0_23(instance: Any, metadata: Any) -> str:
 def _with_the_window(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     window = instance.sliding_window
     # While it captures, the release takes 0 for no window at all.
-    if window is None or window < 2:
+    if window is None or window < 2 or _counts_otherwise(instance):
         return wrapped(*args, **kwargs)
     instance.sliding_window = window - 1
     try:
         return wrapped(*args, **kwargs)
     finally:
         instance.sliding_window = window
+
+
+def _counts_otherwise(instance: Any) -> bool:
+    """With kv-comp's selected keys, or as the self-test at load saw the operator do."""
+    if instance.enable_hamming_sparse:
+        return True
+    if not steps.withdrawn:
+        return False
+    return any((row, steps.configuration(instance)) in steps.withdrawn for row in WINDOW_ROWS)
 
 
 def forward_c8(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

@@ -29,6 +29,26 @@ STATES = {
 _said: set[str] = set()
 
 
+class Configuration(NamedTuple):
+    """What a layer's route depends on beside the step."""
+
+    head_size: int
+    num_heads: int
+    num_kv_heads: int
+    window: int | None
+    sinks: bool
+
+    def __str__(self) -> str:
+        """As messages have it."""
+        window = "" if self.window is None else f", window {self.window}"
+        sinks = ", sinks" if self.sinks else ""
+        return f"heads {self.num_heads}:{self.num_kv_heads} of {self.head_size}{window}{sinks}"
+
+
+# Rows of the table that the self-test at load found wrong for a configuration.
+withdrawn: set[tuple[str, Configuration]] = set()
+
+
 class Step(NamedTuple):
     """The arguments of `forward`, by the names that every release gives them."""
 
@@ -48,6 +68,17 @@ def is_plain(instance: Any, name: str = BASE) -> bool:
     """Whether it is of the class itself: context parallel, 310P and others inherit its forward."""
     kind = type(instance)
     return kind.__name__ == name and kind.__module__ == MODULE
+
+
+def configuration(instance: Any) -> Configuration:
+    """That of an instance of the release's class."""
+    return Configuration(
+        instance.head_size,
+        instance.num_heads,
+        instance.num_kv_heads,
+        instance.sliding_window,
+        getattr(instance, "sinks", None) is not None,
+    )
 
 
 def is_capturing(instance: Any) -> bool:
@@ -95,6 +126,8 @@ def answered(
         _note(f"{defect} in captured {case.state}")
         return False
     found = route(case)
+    if withdrawn and (found.row, configuration(instance)) in withdrawn:
+        return False
     if not _can_be_taken(found, case, step, caches, defect):
         return False
     key, value = step.key, step.value
@@ -173,7 +206,7 @@ def _case(instance: Any, step: Step, caches: tuple[Any, Any]) -> tuple[Case, Bat
         max_seq_len=0 if window is None else max(lens, default=0),
         batch=len(lens) if tokens else 0,
         padded=len(ends) != len(lens) or query.shape[0] > tokens,
-        soc=_system() if query.device.type == "npu" else "emulated",
+        soc=system(query.device),
     )
     return case, Batch(ends, lens, metadata.block_tables, tokens)
 
@@ -182,9 +215,13 @@ def _name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
+def system(device: Any) -> str:
+    """A2, A3, 310P or A5, as the release says; `emulated` for tensors of a CPU."""
+    return _system() if device.type == "npu" else "emulated"
+
+
 @lru_cache(maxsize=1)
 def _system() -> str:
-    """A2, A3, 310P or A5, by the release's own question."""
     utils = sys.modules["vllm_ascend.utils"]
     ask = getattr(utils, "get_ascend_device_type", None) or utils.get_ascend_soc_version
     name: str = ask().name

@@ -68,3 +68,41 @@ CASES: dict[str, Case] = {
         },
     ),
 }
+
+# Of the releases' table (`kernels/attention/releases.json`): what no single step on a CPU shows.
+ELSEWHERE = {
+    "310P": "classes of its own; see test_attention_untouched_on_vllm_ascend",
+    "captured decode": "see test_attention_untouched_on_vllm_ascend",
+    "capture": "see test_attention_untouched_on_vllm_ascend",
+    "capture window": "see test_attention_untouched_on_vllm_ascend",
+    "int8 pooling": "see test_attention_c8_on_vllm_ascend",
+    "latent and wide heads": "other operators, which are not emulated",
+    "nothing": "see test_attention_on_vllm_ascend",
+    "speculation": "the builder's own assertion, before there is a step",
+}
+_STATES = {
+    "prefill": "PrefillNoCache",
+    "cache_hit": "PrefillCacheHit",
+    "chunked": "ChunkedPrefill",
+    "decode": "DecodeOnly",
+    "speculative": "SpecDecoding",
+}
+
+
+def of_example(example: dict[str, Any]) -> Case:
+    """The model and the step of an example in the releases' table; three requests."""
+    state = example["state"]
+    longest, width = example.get("max_seq_len", 0), example.get("max_query_len", 1)
+    lens = [width] * 3 if state in ("decode", "speculative") else [width, 3, 1]
+    contexts = [0, 0, 0] if state == "prefill" else [longest - width, 20, 5]
+    names = {"head_size": "size", "sliding_window": "window", "sinks": "sinks"}
+    model: dict[str, Any] = {new: example[old] for old, new in names.items() if old in example}
+    model |= {"heads": 8, "kv_heads": 8, "attn_type": example.get("attn_type", "decoder")}
+    model["runner"] = "pooling" if example.get("pooling") else "generate"
+    if example.get("sinks"):
+        model["dtype"] = "bfloat16"
+    step = {"contexts": contexts, "query_lens": lens, "state": _STATES[state]}
+    step["causal"] = example.get("causal", True) and model["attn_type"] == "decoder"
+    if example.get("padded"):
+        step |= {"padding": 3, "dummies": 1}
+    return model, step

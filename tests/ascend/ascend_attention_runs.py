@@ -45,13 +45,20 @@ def session_seed() -> int:
 
 
 def run(
-    label: str, code: str, *, patches: str = "attention_router", seed: int | None = None
+    label: str,
+    code: str,
+    *,
+    patches: str = "attention_router",
+    seed: int | None = None,
+    **variables: str,
 ) -> Any:
-    """What code prints last, as JSON, in a process of that release."""
+    """What code prints last, as JSON, in a process of that release with further variables."""
     host = Host(label)
     chosen = session_seed() if seed is None else seed
     opening = START + (GENERATED if label in BRANCHES else "")
-    printed = host.run(f"SEED = {chosen}\n{opening}\n{OPENING}\n{code}", patches=patches)
+    printed = host.run(
+        f"SEED = {chosen}\n{opening}\n{OPENING}\n{code}", patches=patches, **variables
+    )
     return json.loads(printed.strip().splitlines()[-1])
 
 

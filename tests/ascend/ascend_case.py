@@ -82,8 +82,8 @@ class Host:
             path = (str(ROOT), str(source), str(self._environment.folder / "acl"))
             self._variables["PYTHONPATH"] = os.pathsep.join(path)
 
-    def run(self, code: str, *, patches: str) -> str:
-        return self._environment.run(code, patches=patches, **self._variables)
+    def run(self, code: str, *, patches: str, **variables: str) -> str:
+        return self._environment.run(code, patches=patches, **self._variables, **variables)
 
 
 def run(ascend: Host, seed: int, code: str, *, patches: str, triton: bool = True) -> Any:
