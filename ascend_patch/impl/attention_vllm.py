@@ -32,7 +32,9 @@ def get_attn_backend_cls(
     # First: it has sentences of its own for MLA and sparse attention.
     theirs = wrapped(*args, **kwargs)
     asked, config = _arguments(*args, **kwargs)
-    reason = "" if config.attn_type == "decoder" else f"{config.attn_type} attention is vLLM's"
+    # A member of an enumeration of strings, or the string.
+    kind = getattr(config.attn_type, "value", config.attn_type)
+    reason = "" if kind == "decoder" else f"{kind} attention is vLLM's"
     reason = reason or _asked_for_vllms(asked) or refusal(config)
     if reason:
         _say(f"vLLM's own CPU attention runs, because {reason}")

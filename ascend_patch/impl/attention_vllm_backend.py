@@ -87,7 +87,7 @@ class AscendAttentionBackendImpl(AttentionImpl):  # type: ignore[misc]
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.sliding_window = sliding_window
         self.kv_cache_dtype = kv_cache_dtype
-        self.attn_type = attn_type
+        self.attn_type = str(getattr(attn_type, "value", attn_type))
         # Its keys are those that another layer has written.
         self.shares_cache = kv_sharing_target_layer_name is not None
         self.sinks = sinks

@@ -11,7 +11,15 @@ from dataclasses import replace
 import logprobs
 import pytest
 from _tiny_weights import LAYERS
-from attention import FAULTY, PROMPTS, Attention, AttentionLab, Seen, apart, right_vectors
+from attention_servers import (
+    FAULTY,
+    PROMPTS,
+    Attention,
+    AttentionLab,
+    Seen,
+    apart,
+    right_vectors,
+)
 
 FLOAT32_TOLERANCE = 1e-4
 BFLOAT16_ULPS = 2
@@ -133,9 +141,10 @@ def test_what_ran_are_the_operators_of_the_surface(attention, setup) -> None:
     assert states[worker["pid"]]["attention_router"] == "applied", states
     assert worker["device"] == "emulated"
     calls = worker["kernels"]
-    # One call a layer in each step, and as many writes; warm-up writes and attends nothing.
+    # One call a layer in each step, and as many writes; warm-up writes and attends nothing. The
+    # prompts were asked one by one twice, and once in as few steps as it took.
     assert calls[ATTENTION] % LAYERS == 0, calls
-    assert calls[ATTENTION] >= 3 * LAYERS * len(PROMPTS), calls
+    assert calls[ATTENTION] > 2 * LAYERS * len(PROMPTS), calls
     assert calls[WRITE] >= calls[ATTENTION], calls
     assert set(calls) == {ATTENTION, WRITE}, calls
 

@@ -21,6 +21,7 @@ if _versions.find().versions["vllm"].partition("+")[0] != "0.18.0":
     pytest.skip("the emulated device is for vLLM 0.18.0", allow_module_level=True)
 
 from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
@@ -101,10 +102,15 @@ def test_float32_needs_an_allowance_and_the_log_says_so(choose, said):
 
 
 @pytest.mark.parametrize("attn_type", ["encoder_only", "encoder", "encoder_decoder"])
-def test_layers_that_are_no_decoder_s_stay_with_vllm(choose, said, attn_type):
-    assert choose(attn_type=attn_type) == THEIRS
+@pytest.mark.parametrize("kind", [AttentionType, str])
+def test_layers_that_are_no_decoder_s_stay_with_vllm(choose, said, attn_type, kind):
+    assert choose(attn_type=kind(attn_type)) == THEIRS
     assert f"because {attn_type} attention is vLLM's" in said[0]
     assert surface.installed() is None
+
+
+def test_vllm_names_a_decoder_by_a_member_of_its_enumeration(choose):
+    assert choose(attn_type=AttentionType.DECODER) == OURS
 
 
 @pytest.mark.parametrize(
