@@ -202,7 +202,7 @@ ROWS = (
         FUSED_INFER,
         4,
         "paged",
-        "a window to both sides",
+        "a window to both sides, as vLLM has it from 0.25 on, where a decoder is not causal",
         "window/window",
     ),
     _row(
