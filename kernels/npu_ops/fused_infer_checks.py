@@ -85,6 +85,9 @@ def _check_dtypes(problem: Problem) -> None:
     takes = (torch.float16, torch.bfloat16) + ((torch.float32,) if allowed("float32") else ())
     if query.dtype not in takes:
         raise problem.error(f"query is {query.dtype}; it must be float16 or bfloat16")
+    half = problem.ragged and query.dtype == torch.float16
+    if half and not cann_at_least("9.0") and not allowed("tnd_float16"):
+        raise problem.error(f"query is torch.float16 in {problem.layout}; it must be bfloat16")
     if value.dtype != key.dtype:
         raise problem.error(f"value is {value.dtype} and key is {key.dtype}; they must be the same")
     if key.dtype not in (query.dtype, torch.int8):
@@ -250,3 +253,10 @@ def _check_precision(problem: Problem) -> None:
     most = 1 if problem.single else 3
     if not 0 <= problem.inner_precise <= most:
         raise problem.error(f"inner_precise={problem.inner_precise}; it must be 0..{most}")
+    if problem.newer and problem.ragged and problem.heads == problem.kv_heads:
+        most = 0 if problem.query.dtype == torch.bfloat16 else 1
+        if problem.inner_precise > most:
+            raise problem.error(
+                f"inner_precise={problem.inner_precise} in {problem.layout} with as many key/value "
+                f"heads as query heads; for {problem.query.dtype} it must be 0..{most}"
+            )

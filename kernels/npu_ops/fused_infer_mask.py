@@ -12,6 +12,7 @@ from ascend_patch.kernels.npu_ops.fused_infer_problem import Problem
 
 _MODES = (0, 1, 2, 3, 4)
 _COMPRESSED = (2, 3, 4)
+_MULTI_HEAD_MODES = (0, 3, 4)
 _MASK_DTYPES = (torch.bool, torch.int8, torch.uint8)
 
 
@@ -20,6 +21,12 @@ def check(problem: Problem) -> None:
     mask, mode = problem.mask, problem.sparse_mode
     if mode not in _MODES:
         raise problem.error(f"sparse_mode={mode}; it must be one of 0, 1, 2, 3 and 4")
+    multi_head = problem.ragged and problem.heads == problem.kv_heads
+    if problem.newer and multi_head and mode not in _MULTI_HEAD_MODES:
+        raise problem.error(
+            f"sparse_mode={mode} in {problem.layout} with as many key/value heads as query heads; "
+            "it must be 0, 3 or 4"
+        )
     if mask is not None:
         if mask.dtype not in _MASK_DTYPES:
             raise problem.error(f"atten_mask is {mask.dtype}; it must be bool, int8 or uint8")

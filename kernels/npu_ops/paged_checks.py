@@ -9,6 +9,8 @@ from ascend_patch.kernels.npu_ops.errors import OperatorError
 from ascend_patch.kernels.npu_ops.settings import allowed
 
 _MASK_SIDE = 128
+# ATB's own checks: head sizes, and the block size above a head size.
+_WIDEST_HEAD, _WIDE_HEAD, _MOST_WIDE = 576, 256, 128
 
 
 def check_heads(operator: str, query: Tensor, heads: int, kv_heads: int) -> None:
@@ -59,6 +61,16 @@ def check_cache(
         raise OperatorError(
             f"{operator}: key_cache has shape {tuple(key_cache.shape)} and value_cache "
             f"{tuple(value_cache.shape)}; they must have the same blocks"
+        )
+    size, widest = key_cache.shape[1], max(key_cache.shape[-1], value_cache.shape[-1])
+    if not size or size % 16:
+        raise OperatorError(
+            f"{operator}: key_cache has blocks of {size} tokens; it must be a multiple of 16"
+        )
+    if widest > _WIDEST_HEAD or (widest > _WIDE_HEAD and size > _MOST_WIDE):
+        raise OperatorError(
+            f"{operator}: the head size is {widest} in blocks of {size} tokens; it may be "
+            f"{_WIDEST_HEAD} at most, and above {_WIDE_HEAD} in blocks of up to {_MOST_WIDE}"
         )
     if key_cache.shape[-1] != query.shape[-1]:
         raise OperatorError(
@@ -170,4 +182,6 @@ def room(operator: str, out: Tensor, query: Tensor, width: int) -> Tensor:
             f"{operator}: out has shape {tuple(out.shape)}; it must be "
             f"({query.shape[0]}, {query.shape[1]}, {width})"
         )
+    if not out.is_contiguous():
+        raise OperatorError(f"{operator}: out is not contiguous; it must be")
     return out.view(query.shape[0], query.shape[1], width)

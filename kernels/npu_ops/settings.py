@@ -19,6 +19,11 @@ ALLOWANCES: dict[str, tuple[bool, str]] = {
         "fused inference attention takes head size 64 in TND, and 256 for grouped queries with "
         "sparse modes 0 and 3 and blocks of 128, as vllm-ascend uses it",
     ),
+    "tnd_float16": (
+        True,
+        "fused inference attention takes float16 in TND; the documentation of CANN 8.5 names "
+        "bfloat16 alone",
+    ),
     "strided_kv": (
         True,
         "key and value that are not in a paged cache need not be contiguous, as vllm-ascend passes "

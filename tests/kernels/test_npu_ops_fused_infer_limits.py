@@ -433,6 +433,27 @@ def test_modes_that_are_not_there(mode):
     assert_refused(v1, dense(), {"sparse_mode": mode}, f"sparse_mode={mode}; .* 0, 1, 2, 3 and 4")
 
 
+def test_modes_of_the_second_version_without_groups():
+    """Documented: 0 without a mask, 3 and 4 with the compressed one."""
+    call = second(dense(kv_heads=8))
+    assert_refused(v2, call, {"sparse_mode": 2}, "sparse_mode=2 in TND with as many key/value")
+    for mode in (3, 4):
+        v2(**{**call, "sparse_mode": mode})
+    v2(**{**second(dense()), "sparse_mode": 2})
+
+
+def test_float16_in_tnd():
+    """CANN 8.5 documents bfloat16 alone."""
+    half = {name: lambda x: x.half() for name in ("query", "key", "value")}
+    said = "query is torch.float16 in TND; it must be bfloat16"
+    assert_refused(v1, dense(), half, said, strict=True)
+    assert_refused(v1, dense(), half, said, forbid=("tnd_float16",))
+    call = {name: x.half() if name in half else x for name, x in dense().items()}
+    v1(**call)
+    with settings(strict=True, cann="9.0"):
+        v1(**call)
+
+
 def test_bands_that_are_empty():
     call = dense(sparse_mode=4, pre_tokens=3, next_tokens=0)
     changed = {"pre_tokens": -3, "next_tokens": 2}
@@ -461,6 +482,11 @@ def test_masks_in_full():
 def test_precision_modes():
     for value in (-1, 4):
         assert_refused(v1, dense(), {"inner_precise": value}, f"inner_precise={value}; .* 0..3")
+    many = second(dense(kv_heads=8))
+    said = "inner_precise=1 in TND with as many .* for torch.bfloat16 it must be 0..0"
+    assert_refused(v2, many, {"inner_precise": 1}, said)
+    half = {name: many[name].half() for name in ("query", "key", "value")}
+    v2(**{**many, **half, "inner_precise": 1})
     single = dense("BSND", rows=1, sparse_mode=0, atten_mask=None)
     assert_refused(v1, single, {"inner_precise": 2}, "inner_precise=2; it must be 0..1")
 

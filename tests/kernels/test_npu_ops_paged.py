@@ -219,12 +219,39 @@ def decode(heads=4, kv_heads=2, width=64, **options):
         ({"block_table": lambda x: x[:1]}, "block_table has 1 entries for 2 requests"),
         ({"block_table": lambda x: x.clone().fill_(9)}, r"block_table has 9 at \(0, 0\)"),
         ({"out": lambda x: x.float()}, "out is torch.float32; it must be torch.bfloat16"),
+        ({"out": lambda x: torch.cat((x, x), -1)[..., :64]}, "out is not contiguous"),
         ({"out": lambda x: x[:1]}, r"out has shape \(1, 4, 64\); it must be \(2, 4, 64\)"),
     ],
 )  # fmt: skip
 def test_limits_of_decode(changes, sentence):
     call = decode()
     assert_refused(paged._npu_paged_attention, call, changes, sentence)
+
+
+@pytest.mark.parametrize(
+    ("width", "size", "fits"),
+    [(256, 256, True), (264, 128, True), (264, 144, False), (576, 128, True), (584, 16, False),
+     (64, 24, False)],
+)  # fmt: skip
+def test_head_sizes_and_blocks_of_decode(width, size, fits):
+    shape = batches.Shape((1,), (30,), 2, 1, width, 0, "bfloat16", block_size=size)
+    made = batches.make(shape)
+    key, value = caches(made, shape)
+    changed = {
+        "query": made.query,
+        "key_cache": key,
+        "value_cache": value,
+        "block_table": made.block_table,
+        "out": torch.zeros_like(made.query),
+        "context_lens": lens([30]),
+        "num_heads": 2,
+        "num_kv_heads": 1,
+    }
+    if fits:
+        paged._npu_paged_attention(**{**decode(), **changed})
+        return
+    said = f"in blocks of {size} tokens" if size % 16 == 0 else f"has blocks of {size} tokens"
+    assert_refused(paged._npu_paged_attention, decode(), changed, said)
 
 
 def qlens():
