@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -41,3 +42,13 @@ def poison() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before)
     torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_surface_left() -> Iterator[None]:
+    """The operator surface that one module's tests install is not there for the next one's."""
+    yield
+    surface = sys.modules.get("ascend_patch.kernels.npu_ops.surface")
+    found = surface.installed() if surface is not None else None
+    if found is not None:
+        found.remove()
