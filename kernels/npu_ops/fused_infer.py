@@ -12,39 +12,11 @@ import torch
 from torch import Tensor
 
 from ascend_patch.kernels.npu_ops import fused_infer_checks, fused_infer_run
-from ascend_patch.kernels.npu_ops.fused_infer_problem import V1, V2, Problem
-
-_MOST = 2147483647
+from ascend_patch.kernels.npu_ops.fused_infer_problem import V1, V2, Problem, first, second
 
 
-def npu_fused_infer_attention_score(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    atten_mask: Tensor | None = None,
-    actual_seq_lengths: Sequence[int] | None = None,
-    actual_seq_lengths_kv: Sequence[int] | None = None,
-    key_antiquant_scale: Tensor | None = None,
-    key_antiquant_offset: Tensor | None = None,
-    value_antiquant_scale: Tensor | None = None,
-    value_antiquant_offset: Tensor | None = None,
-    block_table: Tensor | None = None,
-    num_heads: int = 1,
-    scale: float = 1.0,
-    pre_tokens: int = _MOST,
-    next_tokens: int = _MOST,
-    input_layout: str = "BSH",
-    num_key_value_heads: int = 0,
-    sparse_mode: int = 0,
-    inner_precise: int = 0,
-    block_size: int = 0,
-    key_antiquant_mode: int = 0,
-    value_antiquant_mode: int = 0,
-    softmax_lse_flag: bool = False,
-    **others: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention over dense or paged keys and values.
+def npu_fused_infer_attention_score(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Attention over dense or paged keys and values; the arguments are the schema's.
 
     Args:
         query: [B, S, N * D], [B, S, N, D], [B, N, S, D], [T, N, D] or [N, T, D], as
@@ -53,65 +25,23 @@ def npu_fused_infer_attention_score(
             KV_N * D], or for BNSD and TND also [blocks, KV_N, block_size, D].
         actual_seq_lengths: Per request; in TND the cumulative ends.
         actual_seq_lengths_kv: Per request with ``block_table``; without it cumulative in TND.
-        others: What the emulation does not know; anything but its default is refused.
 
     Returns:
         (attention_out in the query's dtype, softmax_lse in float32: [B, N, S, 1], in TND [T, N, 1],
         or one 0 where it was not asked for).
 
     Raises:
-        OperatorError: a documented limit is broken.
+        OperatorError: a documented limit is broken, or the emulation does not know an argument.
     """
-    problem = Problem(
-        V1, query, key, value, atten_mask, actual_seq_lengths, actual_seq_lengths_kv, block_table,
-        block_size, num_heads, num_key_value_heads, scale, input_layout, sparse_mode, pre_tokens,
-        next_tokens, inner_precise, softmax_lse_flag, None, key_antiquant_scale,
-        key_antiquant_offset, value_antiquant_scale, value_antiquant_offset, key_antiquant_mode,
-        value_antiquant_mode, others,
-    )  # fmt: skip
-    return _answer(problem)
+    return _answer(first(*args, **kwargs))
 
 
-def npu_fused_infer_attention_score_v2(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    atten_mask: Tensor | None = None,
-    actual_seq_qlen: Sequence[int] | None = None,
-    actual_seq_kvlen: Sequence[int] | None = None,
-    block_table: Tensor | None = None,
-    dequant_scale_key: Tensor | None = None,
-    dequant_offset_key: Tensor | None = None,
-    dequant_scale_value: Tensor | None = None,
-    dequant_offset_value: Tensor | None = None,
-    learnable_sink: Tensor | None = None,
-    num_query_heads: int = 1,
-    num_key_value_heads: int = 0,
-    softmax_scale: float = 1.0,
-    pre_tokens: int = _MOST,
-    next_tokens: int = _MOST,
-    input_layout: str = "BSH",
-    sparse_mode: int = 0,
-    block_size: int = 0,
-    key_quant_mode: int = 0,
-    value_quant_mode: int = 0,
-    inner_precise: int = 0,
-    return_softmax_lse: bool = False,
-    **others: Any,
-) -> tuple[Tensor, Tensor]:
+def npu_fused_infer_attention_score_v2(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """The second version: other names, and ``learnable_sink`` [N], a logit per head.
 
     Arguments, results and errors otherwise as npu_fused_infer_attention_score.
     """
-    problem = Problem(
-        V2, query, key, value, atten_mask, actual_seq_qlen, actual_seq_kvlen, block_table,
-        block_size, num_query_heads, num_key_value_heads, softmax_scale, input_layout, sparse_mode,
-        pre_tokens, next_tokens, inner_precise, return_softmax_lse, learnable_sink,
-        dequant_scale_key, dequant_offset_key, dequant_scale_value, dequant_offset_value,
-        key_quant_mode, value_quant_mode, others,
-    )  # fmt: skip
-    return _answer(problem)
+    return _answer(second(*args, **kwargs))
 
 
 def _answer(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -140,9 +70,19 @@ def v2_out(
     return _written(V2, npu_fused_infer_attention_score_v2(*args, **kwargs), out)
 
 
-def v1_workspace(query: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-    """A workspace, uint8; its size says nothing about an NPU's."""
-    return torch.empty(max(1, query.numel()), dtype=torch.uint8)
+def v1_workspace(*args: Any, **kwargs: Any) -> Tensor:
+    """A workspace, uint8, after the same checks; its size says nothing about an NPU's."""
+    return _workspace(first(*args, **kwargs))
+
+
+def v2_workspace(*args: Any, **kwargs: Any) -> Tensor:
+    """As ``v1_workspace``, for the second version."""
+    return _workspace(second(*args, **kwargs))
+
+
+def _workspace(problem: Problem) -> Tensor:
+    fused_infer_checks.check(problem)
+    return torch.empty(max(1, problem.query.numel()), dtype=torch.uint8)
 
 
 KERNELS = {
@@ -151,5 +91,5 @@ KERNELS = {
     "npu::_npu_fused_infer_attention_score_get_max_workspace": v1_workspace,
     "npu::npu_fused_infer_attention_score_v2": npu_fused_infer_attention_score_v2,
     "npu::npu_fused_infer_attention_score_v2.out": v2_out,
-    "npu::_npu_fused_infer_attention_score_v2_get_max_workspace": v1_workspace,
+    "npu::_npu_fused_infer_attention_score_v2_get_max_workspace": v2_workspace,
 }

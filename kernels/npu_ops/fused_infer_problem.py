@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ascend_patch.kernels.npu_ops.errors import OperatorError
 
+_MOST = 2147483647
 V1, V2 = "npu_fused_infer_attention_score", "npu_fused_infer_attention_score_v2"
 
 # Where the parts of a query stand: the letters of its shape.
@@ -141,3 +142,78 @@ class Problem:
 
     def error(self, sentence: str) -> OperatorError:
         return OperatorError(f"{self.operator}: {sentence}")
+
+
+def first(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    atten_mask: Tensor | None = None,
+    actual_seq_lengths: Sequence[int] | None = None,
+    actual_seq_lengths_kv: Sequence[int] | None = None,
+    key_antiquant_scale: Tensor | None = None,
+    key_antiquant_offset: Tensor | None = None,
+    value_antiquant_scale: Tensor | None = None,
+    value_antiquant_offset: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_heads: int = 1,
+    scale: float = 1.0,
+    pre_tokens: int = _MOST,
+    next_tokens: int = _MOST,
+    input_layout: str = "BSH",
+    num_key_value_heads: int = 0,
+    sparse_mode: int = 0,
+    inner_precise: int = 0,
+    block_size: int = 0,
+    key_antiquant_mode: int = 0,
+    value_antiquant_mode: int = 0,
+    softmax_lse_flag: bool = False,
+    **others: Any,
+) -> Problem:
+    """A call of the first version; ``others`` is what the emulation does not know."""
+    return Problem(
+        V1, query, key, value, atten_mask, actual_seq_lengths, actual_seq_lengths_kv, block_table,
+        block_size, num_heads, num_key_value_heads, scale, input_layout, sparse_mode, pre_tokens,
+        next_tokens, inner_precise, softmax_lse_flag, None, key_antiquant_scale,
+        key_antiquant_offset, value_antiquant_scale, value_antiquant_offset, key_antiquant_mode,
+        value_antiquant_mode, others,
+    )  # fmt: skip
+
+
+def second(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    atten_mask: Tensor | None = None,
+    actual_seq_qlen: Sequence[int] | None = None,
+    actual_seq_kvlen: Sequence[int] | None = None,
+    block_table: Tensor | None = None,
+    dequant_scale_key: Tensor | None = None,
+    dequant_offset_key: Tensor | None = None,
+    dequant_scale_value: Tensor | None = None,
+    dequant_offset_value: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
+    num_query_heads: int = 1,
+    num_key_value_heads: int = 0,
+    softmax_scale: float = 1.0,
+    pre_tokens: int = _MOST,
+    next_tokens: int = _MOST,
+    input_layout: str = "BSH",
+    sparse_mode: int = 0,
+    block_size: int = 0,
+    key_quant_mode: int = 0,
+    value_quant_mode: int = 0,
+    inner_precise: int = 0,
+    return_softmax_lse: bool = False,
+    **others: Any,
+) -> Problem:
+    """A call of the second version."""
+    return Problem(
+        V2, query, key, value, atten_mask, actual_seq_qlen, actual_seq_kvlen, block_table,
+        block_size, num_query_heads, num_key_value_heads, softmax_scale, input_layout, sparse_mode,
+        pre_tokens, next_tokens, inner_precise, return_softmax_lse, learnable_sink,
+        dequant_scale_key, dequant_offset_key, dequant_scale_value, dequant_offset_value,
+        key_quant_mode, value_quant_mode, others,
+    )  # fmt: skip

@@ -40,19 +40,35 @@ def _npu_paged_attention(
     Raises:
         OperatorError: shapes, dtypes or lengths do not fit together.
     """
-    operator = "_npu_paged_attention"
-    paged_checks.check_heads(operator, query, num_heads, num_kv_heads)
-    paged_checks.check_cache(operator, query, key_cache, value_cache, num_kv_heads)
-    lens = paged_checks.lengths(operator, "context_lens", context_lens)
-    paged_checks.check_count(operator, "context_lens", len(lens), query.shape[0])
-    paged_checks.check_table(operator, block_table, lens, key_cache)
-    result = paged_checks.room(operator, out, query, value_cache.shape[-1])
+    lens, result = _check_decode(
+        query, key_cache, value_cache, num_kv_heads, num_heads, block_table, context_lens, out
+    )
     for index, length in enumerate(lens):
         found = _paged(
             query[index : index + 1], key_cache, value_cache, block_table[index], length,
             scale_value, None,
         )  # fmt: skip
         result[index] = found[0]
+
+
+def _check_decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    num_kv_heads: int,
+    num_heads: int,
+    block_table: Tensor,
+    context_lens: Tensor,
+    out: Tensor,
+) -> tuple[list[int], Tensor]:
+    """The contexts' lengths, and ``out`` as [T, N, Dv]."""
+    operator = "_npu_paged_attention"
+    paged_checks.check_heads(operator, query, num_heads, num_kv_heads)
+    paged_checks.check_cache(operator, query, key_cache, value_cache, num_kv_heads)
+    lens = paged_checks.lengths(operator, "context_lens", context_lens)
+    paged_checks.check_count(operator, "context_lens", len(lens), query.shape[0])
+    paged_checks.check_table(operator, block_table, lens, key_cache)
+    return lens, paged_checks.room(operator, out, query, value_cache.shape[-1])
 
 
 def _npu_paged_attention_get_workspace(
@@ -67,6 +83,9 @@ def _npu_paged_attention_get_workspace(
     out: Tensor,
 ) -> Tensor:
     """A workspace for _npu_paged_attention, uint8; its size says nothing about an NPU's."""
+    _check_decode(
+        query, key_cache, value_cache, num_kv_heads, num_heads, block_table, context_lens, out
+    )
     return torch.empty(max(1, query.numel()), dtype=torch.uint8)
 
 

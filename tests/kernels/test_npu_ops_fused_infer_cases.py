@@ -141,6 +141,8 @@ def test_the_out_variant_writes_what_it_is_given(operator, lse, poison):
     query = "_" + operator + "_get_max_workspace"
     workspace = getattr(torch.ops.npu, query)(*tensors, **arguments)
     assert workspace.numel()
+    with pytest.raises(RuntimeError, match=f"^{operator}: .*=7 is no multiple of"):
+        getattr(torch.ops.npu, query)(*tensors, **{**arguments, names[0]: 7})
     returned = getattr(torch.ops.npu, operator).out(
         *tensors, **arguments, workspace=workspace, out=[out, stub]
     )

@@ -165,6 +165,8 @@ def test_the_workspace(seed):
     call = decode()
     arguments = {name: value for name, value in call.items() if name != "out"}
     workspace = torch.ops.atb._npu_paged_attention_get_workspace(**arguments, out=call["out"])
+    with pytest.raises(RuntimeError, match=r"^_npu_paged_attention: num_heads=4 is no multiple"):
+        torch.ops.atb._npu_paged_attention_get_workspace(**{**call, "num_kv_heads": 3})
     before = call["out"].clone()
     torch.ops.atb._npu_paged_attention(**call, workspace=workspace)
     assert not torch.equal(call["out"], before)
