@@ -26,6 +26,8 @@ STATES = {
     "DecodeOnly": "decode",
     "SpecDecoding": "speculative",
 }
+# Set on a step's metadata.
+KEPT = "_ascend_patch_batch"
 _said: set[str] = set()
 
 
@@ -176,12 +178,14 @@ def _caches(instance: Any, kv_cache: Any) -> tuple[Any, Any]:
 
 def _case(instance: Any, step: Step, caches: tuple[Any, Any]) -> tuple[Case, Batch]:
     metadata, query = step.attn_metadata, step.query
+    # In later releases an enumeration, whose members are equal to these words and hash otherwise.
+    attn_type = getattr(instance.attn_type, "value", instance.attn_type)
     state = STATES[metadata.attn_state.name]
     ends, lens = metadata.actual_seq_lengths_q, metadata.seq_lens_list
-    if state == "decode" and len(lens) == query.shape[0]:
+    if state == "decode" and len(lens) == query.shape[0] != len(ends):
         # 0.11.0 pads the lengths to a graph's size, and the ends to one less.
         ends = list(range(1, len(lens) + 1))
-    if instance.attn_type in ("encoder", "encoder_only"):
+    if attn_type in ("encoder", "encoder_only"):
         lens = [end - start for start, end in zip([0, *ends], ends, strict=False)][: len(lens)]
     tokens = ends[-1] if ends else 0
     if state == "prefill" and lens and sum(lens) != ends[len(lens) - 1]:
@@ -198,7 +202,7 @@ def _case(instance: Any, step: Step, caches: tuple[Any, Any]) -> tuple[Case, Bat
         sliding_window=window,
         sinks=getattr(instance, "sinks", None) is not None,
         pooling=getattr(metadata, "model_runner_type", "") == "pooling",
-        attn_type=instance.attn_type,
+        attn_type=attn_type,
         dtype=_name(query),
         kv_dtype="auto" if cache is None or cache.dtype == query.dtype else _name(cache),
         block_size=128 if cache is None else cache.shape[1],
@@ -208,7 +212,26 @@ def _case(instance: Any, step: Step, caches: tuple[Any, Any]) -> tuple[Case, Bat
         padded=len(ends) != len(lens) or query.shape[0] > tokens,
         soc=system(query.device),
     )
-    return case, Batch(ends, lens, metadata.block_tables, tokens)
+    return case, _batch(metadata, ends, lens, tokens)
+
+
+def _batch(metadata: Any, ends: list[int], lens: list[int], tokens: int) -> Batch:
+    """The requests of a step, kept with its metadata: layers have them sorted once.
+
+    A draft model's steps share metadata and change its lengths, in place or by other lists.
+    """
+    table = metadata.block_tables
+    kept: Batch | None = getattr(metadata, KEPT, None)
+    if (
+        kept is None
+        or kept.block_table is not table
+        or kept.num_tokens != tokens
+        or kept.query_ends != ends
+        or kept.seq_lens != lens
+    ):
+        kept = Batch(list(ends), list(lens), table, tokens)
+        setattr(metadata, KEPT, kept)
+    return kept
 
 
 def _name(tensor: Tensor) -> str:

@@ -116,8 +116,8 @@ def _route(layer: Layer, state: str, causal: bool) -> tuple[attention.Route, att
         max_query_len=1 if state == "decode" else 8,
         soc=steps.system(layer.device),
     )
-    if layer.by_release:
-        # Its call is the one for any head size.
+    if layer.by_release and window is not None:
+        # Its call is the same one for any head size.
         return route(replace(case, head_size=128)), case
     return route(case), case
 
@@ -137,7 +137,7 @@ def _layers(model: Any) -> Iterator[Layer]:
         pooling = config is not None and config.model_config.runner_type == "pooling"
         yield Layer(
             steps.configuration(impl),
-            impl.attn_type,
+            getattr(impl.attn_type, "value", impl.attn_type),
             pooling,
             dtype,
             device,

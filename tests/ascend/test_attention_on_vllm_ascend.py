@@ -7,7 +7,7 @@ In float32, against attention computed from its definition in float64: what is r
 from __future__ import annotations
 
 import pytest
-from ascend_attention_runs import both
+from ascend_attention_runs import both, run
 
 pytestmark = pytest.mark.slow
 
@@ -83,3 +83,27 @@ def test_a_step_without_a_query_computes_nothing(release):
     assert unpatched["fault"]
     assert not patched["fault"]
     assert patched["calls"] == []
+
+
+DRAFT = """
+model = Model(window=20, seed=SEED)
+batch = Batch(model, [130, 30], [1, 1], "DecodeOnly")
+metadata = batch.metadata()
+first = batch.forward(metadata)
+# The last key of the first request is forgotten: in place, then by another list.
+shorter = [n - 1 for n in metadata.seq_lens_list]
+metadata.seq_lens_list[:] = shorter
+metadata.seq_lens -= 1
+in_place = batch.forward(metadata)
+fresh = batch.metadata()
+fresh.seq_lens_list, fresh.seq_lens = list(shorter), metadata.seq_lens
+print(json.dumps([ascend_attention.digest(x) for x in (first, in_place, batch.forward(fresh))]))
+"""
+
+
+@pytest.mark.parametrize("release", ["0.13.0"])
+def test_a_draft_s_next_step_has_its_own_lengths(release, seed):
+    """What is kept with a step's metadata does not outlive what it was made of."""
+    first, in_place, fresh = run(release, DRAFT, seed=seed)
+    assert in_place == fresh
+    assert first != in_place

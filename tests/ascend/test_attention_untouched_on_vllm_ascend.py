@@ -95,11 +95,12 @@ def classes():
 
 def undone():
     import ascend_patch
+    from ascend_patch import _runtime
     bits = lambda: ascend_attention.digest(step(state="ChunkedPrefill").forward())
     patched = bits()
     ascend_patch.revert("attention_router")
     reverted = bits()
-    ascend_patch.apply("attention_router")
+    _runtime.current().apply("attention_router")
     return [patched, reverted, bits()]
 """
 ALL = """
@@ -182,8 +183,8 @@ def test_what_the_release_computes_right_is_its_own_to_the_bit(release):
 
 def test_explain_says_what_is_left():
     code = """
-import ascend_patch
-found = ascend_patch.explain("attention_router")
+from ascend_patch import _explain
+found = _explain.explain("attention_router")
 print(json.dumps([found["untouched"], found["bands"]]))
 """
     untouched, bands = run("0.11.0", code)
