@@ -72,6 +72,7 @@ class Attention(Setup):
     def arguments(self) -> list[str]:
         """vLLM's command line."""
         words = ["--dtype", self.dtype, "--max-model-len", str(MAX_TOKENS)]
+        words += ["--tensor-parallel-size", str(self.tensor_parallel)]
         words += ["--max-num-seqs", "16", "--max-num-batched-tokens"]
         words += [str(CHUNK if self.chunked_prefill else 4 * MAX_TOKENS)]
         for option, on in (
@@ -127,8 +128,8 @@ class AttentionLab:
         self.kept: dict[tuple[Attention, bool], Seen] = {}
 
     def plain(self, setup: Attention) -> Seen:
-        """Return what vLLM's own attention says, of whole prompts and without a prefix cache."""
-        setup = replace(setup, prefix_caching=False, chunked_prefill=False)
+        """Return what vLLM's own attention says: one rank, whole prompts, no prefix cache."""
+        setup = replace(setup, prefix_caching=False, chunked_prefill=False, tensor_parallel=1)
         key = (setup, False)
         if key not in self.kept:
             with self.lab.server(setup, patches=None) as server:

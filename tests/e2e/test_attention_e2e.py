@@ -40,6 +40,7 @@ GENERATES = [
         pytest.param(setup, id=name, marks=pytest.mark.slow)
         for name, setup in {
             "qwen3-float32": QWEN,
+            "qwen3-tp2": replace(QWEN, tensor_parallel=2),
             "qwen3-whole": replace(QWEN, **WHOLE),
             "qwen3-compiled": replace(QWEN, compiled=True),
             "qwen3-bfloat16-compiled": replace(QWEN, compiled=True, **BFLOAT16),
@@ -137,10 +138,13 @@ def test_what_ran_are_the_operators_of_the_surface(attention, setup) -> None:
     processes = seen.status["processes"]
     assert not [p["problems"] for p in processes if p["problems"]]
     states = {p["pid"]: {q["id"]: q["state"] for q in p["patches"]} for p in processes}
-    (worker,) = [p for p in processes if p["kernels"]]
-    assert states[worker["pid"]]["attention_router"] == "applied", states
-    assert worker["device"] == "emulated"
-    calls = worker["kernels"]
+    workers = [p for p in processes if p["kernels"]]
+    assert len(workers) == setup.tensor_parallel
+    calls = workers[0]["kernels"]
+    for worker in workers:
+        assert states[worker["pid"]]["attention_router"] == "applied", states
+        assert worker["device"] == "emulated"
+        assert worker["kernels"] == calls
     # One call a layer in each step, and as many writes; warm-up writes and attends nothing. The
     # prompts were asked one by one twice, and once in as few steps as it took.
     assert calls[ATTENTION] % LAYERS == 0, calls
@@ -148,9 +152,10 @@ def test_what_ran_are_the_operators_of_the_surface(attention, setup) -> None:
     assert calls[WRITE] >= calls[ATTENTION], calls
     assert set(calls) == {ATTENTION, WRITE}, calls
 
-    assert sum("operator surface of torch_npu" in line for line in seen.log) == 1, seen.log
+    surface = [line for line in seen.log if "operator surface of torch_npu" in line]
+    assert len(surface) == len(workers), seen.log
     allowance = [line for line in seen.log if "allowance `float32` is on" in line]
-    assert len(allowance) == (setup.dtype == "float32"), seen.log
+    assert len(allowance) == len(workers) * (setup.dtype == "float32"), seen.log
 
 
 @pytest.mark.parametrize("setup", [*GENERATES, *POOLS])
