@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ascend_patch.kernels.attention import calls, keys, single
+from ascend_patch.kernels.attention import calls, keys, masks, single
 from ascend_patch.kernels.attention.batch import Batch
-from ascend_patch.kernels.attention.calls import Heads, causal_mask
+from ascend_patch.kernels.attention.calls import Heads
 from ascend_patch.kernels.attention.case import HOST, NOTHING, Route
+from ascend_patch.kernels.attention.masks import causal_mask
 
 __all__ = ["Batch", "attend", "causal_mask"]
 
@@ -49,7 +50,6 @@ def attend(
     """
     if route.operator == HOST:
         raise ValueError(f"This case is not for attend. {route.reason}")
-    heads = Heads(num_heads, num_kv_heads, head_size, scale, sinks)
     end = batch.end
     rows = _first(out, batch.num_tokens, num_heads, head_size)
     if end < batch.num_tokens:
@@ -63,6 +63,8 @@ def attend(
         )
     rows = _first(rows, end, num_heads, head_size)
     query = _first(query, end, num_heads, head_size).contiguous()
+    mask = masks.of_step(batch, query.device) if route.mask == "causal" else None
+    heads = Heads(num_heads, num_kv_heads, head_size, scale, sinks, mask)
     if route.cache == "none":
         key, value = _of_this_step(route, batch, key, value, heads)
         if route.per_request:

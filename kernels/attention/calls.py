@@ -13,28 +13,20 @@ from ascend_patch.kernels.attention.case import FUSED_INFER_V2, FUSION, Route
 
 # torch_npu's own defaults: as many tokens as there are.
 ALL_TOKENS = 2147483647
-_MASK_SIZE = 2048
-_masks: dict[torch.device, Tensor] = {}
 
 
 class Heads(NamedTuple):
-    """What the layer's heads are like; ``scale`` of the scores, ``sinks`` [num_heads] or None."""
+    """What a layer's calls share: its heads, the scores' ``scale``, ``sinks`` [num_heads] or None.
+
+    ``mask``: of ``masks``, where the route has one.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_size: int
     scale: float
-    sinks: Tensor | None
-
-
-def causal_mask(device: torch.device | str) -> Tensor:
-    """[2048, 2048] int8, 1 above the diagonal (masked); made once a device."""
-    device = torch.device(device)
-    found = _masks.get(device)
-    if found is None:
-        ones = torch.ones(_MASK_SIZE, _MASK_SIZE, dtype=torch.int8, device=device)
-        found = _masks[device] = ones.triu_(1)
-    return found
+    sinks: Tensor | None = None
+    mask: Tensor | None = None
 
 
 def together(
@@ -54,7 +46,6 @@ def together(
         return _fusion(route, part, query, key, value, heads)
     kv_lens = part.ends if table is None else part.kv_lens
     block_size = 0 if table is None else key.shape[1]
-    mask = causal_mask(query.device) if route.mask == "causal" else None
     before, behind = _tokens(route.pre_tokens), _tokens(route.next_tokens)
     if route.operator == FUSED_INFER_V2:
         sinks = heads.sinks
@@ -62,7 +53,7 @@ def together(
             query,
             key,
             value,
-            atten_mask=mask,
+            atten_mask=heads.mask,
             actual_seq_qlen=part.ends,
             actual_seq_kvlen=kv_lens,
             block_table=table,
@@ -82,7 +73,7 @@ def together(
         query,
         key,
         value,
-        atten_mask=mask,
+        atten_mask=heads.mask,
         actual_seq_lengths=part.ends,
         actual_seq_lengths_kv=kv_lens,
         block_table=table,
@@ -103,10 +94,8 @@ def _fusion(
 ) -> Tensor:
     # A request without queries has no keys here either, and needs no entry.
     ends = [end for start, end in pairwise([0, *part.ends]) if end > start]
-    mask = None
-    if route.mask == "causal":
-        # This operator takes bool and uint8, not int8.
-        mask = causal_mask(query.device).view(torch.uint8)
+    # This operator takes bool and uint8, not int8.
+    mask = None if heads.mask is None else heads.mask.view(torch.uint8)
     found: Tensor = torch.ops.npu.npu_fusion_attention.default(
         query,
         key,
@@ -141,7 +130,7 @@ def alone(
         query.flatten(2),
         key,
         value,
-        atten_mask=causal_mask(query.device) if route.mask == "causal" else None,
+        atten_mask=heads.mask,
         actual_seq_lengths_kv=kv_lens,
         block_table=table,
         num_heads=heads.num_heads,

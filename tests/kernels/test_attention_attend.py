@@ -33,11 +33,24 @@ def made(**fields):
     return batches.make(batches.Asked(**{**given, **fields}))
 
 
-def test_the_mask_is_causal_and_made_once():
+def test_the_mask_is_causal():
     mask = causal_mask("cpu")
     assert mask.dtype == torch.int8
     assert torch.equal(mask, torch.triu(torch.ones(2048, 2048), 1).to(torch.int8))
     assert causal_mask(torch.device("cpu")) is mask
+
+
+def test_a_device_s_mask_is_kept_for_a_step_and_no_longer(calls):
+    """What is made while a model loads is unmapped with its weights when vLLM sleeps."""
+    first, second = causal_mask("meta"), causal_mask("meta")
+    assert first is not second
+    assert list(first.shape) == [2048, 2048]
+    it = made()
+    batch, found = it.batch, route(it.asked.case)
+    for _ in range(2):
+        it.answer(found, batch)
+    one, other = (call.kwargs["atten_mask"] for call in calls)
+    assert one is other is batch.derived["mask"]
 
 
 def test_a_chunk_s_arguments(calls):

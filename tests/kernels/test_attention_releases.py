@@ -80,7 +80,9 @@ def fused(made, found, **changed):
     """One TND call, with ``found`` or what a release has in its place."""
     batch, asked = made.batch, made.asked
     found = replace(found, **{"layout": "TND", "per_request": False, **changed})
-    heads = calls.Heads(8, asked.num_kv_heads, asked.head_size, asked.head_size**-0.5, made.sinks)
+    mask = causal_mask("cpu") if found.mask == "causal" else None
+    about = (8, asked.num_kv_heads, asked.head_size, asked.head_size**-0.5)
+    heads = calls.Heads(*about, made.sinks, mask)
     query = made.query[: batch.end]
     key, value, table = made.key[: batch.end], made.value[: batch.end], None
     if found.cache != "none":
