@@ -183,7 +183,10 @@ def forward_c8(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def forward_c8_0_23(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """The same of 0.23.0, where steps of a prefill node go on to the base class's operators."""
+    """The same of 0.23.0, where a prefill node's steps go on to the base class's operators."""
+    plain = steps.is_plain(instance, "AscendC8AttentionBackendImpl")
+    if not plain or instance.vllm_config.kv_transfer_config is None:
+        return forward_c8(wrapped, instance, args, kwargs)
 
     def with_the_window(*args: Any, **kwargs: Any) -> Any:
         return _with_the_window(wrapped, instance, args, kwargs)

@@ -23,6 +23,8 @@ def scales(model):
     for name in "kv":
         scale = 0.03 + 0.01 * torch.rand(model.kv_heads * model.size, generator=model.random)
         offset = torch.randint(-3, 4, scale.shape, generator=model.random).float()
+        if model.dtype == torch.bfloat16:
+            offset.zero_()
         setattr(model.layer, f"{name}_cache_scale", torch.nn.Parameter(scale, False))
         setattr(model.layer, f"{name}_cache_offset", torch.nn.Parameter(offset, False))
 
@@ -76,6 +78,7 @@ def outcome(contexts, lens, state, runner, dtype):
 """
 
 # A decode's scales are bfloat16 in the release, which the operator takes with such queries alone.
+# They have no offsets here: the operator adds them, and what the release writes has them added.
 STEPS = {
     "PrefillCacheHit": ([130, 3], [5, 40], "float32"),
     "ChunkedPrefill": ([130, 3], [5, 40], "float32"),
@@ -121,3 +124,59 @@ def test_patched_pooling_goes_the_way_of_generation(name):
 def test_generation_is_left_alone(name):
     unpatched, patched = (outcomes(p)[f"generate {name}"] for p in ("none", "attention_router"))
     assert unpatched == patched
+
+
+REACHED = """
+import types
+KIND = module.AscendC8AttentionBackendImpl
+seen = []
+
+def note(name, result=None):
+    def method(self, *args, **kwargs):
+        seen.append([name, self.sliding_window])
+        return result(*args) if result else args[-2]
+    setattr(KIND, name, method)
+
+# Its cache is in a format that is not emulated: what is reached is what is asked.
+KIND._prepare_c8_scales = lambda *_: None
+KIND._quantize_kv_to_int8 = lambda self, key, value, *_: (key, value)
+KIND._reshape_and_cache = KIND.reshape_and_cache = (
+    lambda self, query, key, value, cache, metadata, output: (query, key, value, output))
+for name in ("_forward_encoder_attention", "forward_impl"):
+    note(name, lambda *args: args[0])
+for name in ("_forward_c8_decode", "_forward_c8_chunked_prefill",
+             "_forward_c8_fused_infer_attention"):
+    note(name)
+
+def reached(runner, transfer=None, state="ChunkedPrefill", causal=True):
+    model = Model(runner=runner, window=20, kind="AscendC8AttentionBackendImpl")
+    model.impl.vllm_config.kv_transfer_config = transfer
+    model.impl.is_kv_producer = transfer is not None
+    batch = Batch(model, [130, 3], [5, 40], state, causal=causal)
+    seen.clear()
+    batch.forward()
+    return [list(seen), model.impl.sliding_window]
+
+print(json.dumps({
+    "pooling": reached("pooling"), "generate": reached("generate"),
+    "hit": reached("pooling", state="PrefillCacheHit"),
+    "not causal": reached("pooling", causal=False),
+    "producer": reached("generate", transfer=types.SimpleNamespace()),
+    "pooling producer": reached("pooling", transfer=types.SimpleNamespace()),
+}))
+"""
+
+
+def test_0_23_0_reaches_its_own_paths_for_pooling_too():
+    unpatched, patched = (run("0.23.0", REACHED, patches=p) for p in ("none", "attention_router"))
+    print(unpatched, patched, sep="\n")
+    encoder = ["_forward_encoder_attention", 20]
+    for name in ("pooling", "hit", "not causal", "pooling producer"):
+        assert unpatched[name] == [[encoder], 20]
+    assert unpatched["producer"] == [[["forward_impl", 20]], 20]
+    assert patched["pooling"] == [[["_forward_c8_chunked_prefill", 20]], 20]
+    assert patched["hit"] == [[["_forward_c8_fused_infer_attention", 20]], 20]
+    assert patched["generate"] == unpatched["generate"] == patched["pooling"]
+    assert patched["not causal"] == unpatched["not causal"]
+    # A prefill node's layers take the base class's operators, and with them the window's number.
+    assert patched["producer"] == patched["pooling producer"] == [[["forward_impl", 19]], 20]
