@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascend_patch.kernels.npu_ops import masks
+from ascend_patch.kernels.npu_ops import masks, schemas
 from ascend_patch.kernels.npu_ops.errors import OperatorError
-from ascend_patch.kernels.npu_ops.settings import cann_at_least, torch_npu_at_least
+from ascend_patch.kernels.npu_ops.settings import cann_at_least, current
 
 NAME = "npu_fusion_attention"
 _LAYOUTS = ("BSH", "SBH", "BSND", "BNSD", "TND")
@@ -216,8 +216,12 @@ def _check_mask(
 def _check_sink(sink: Tensor | None, heads: int) -> None:
     if sink is None:
         return
-    if not torch_npu_at_least("2.8.0.post2") or not cann_at_least("8.5"):
-        raise error("sink needs torch_npu 2.8.0.post2 and CANN 8.5, or newer ones; leave it out")
+    # Not by number: 2.7.1.post2 has it and 2.8.0, which is older, has not.
+    release = current().release
+    if "Tensor? sink" not in schemas.load(release)[f"npu::{NAME}"]:
+        raise error(f"torch_npu {release} has no sink; leave it out")
+    if not cann_at_least("8.5"):
+        raise error(f"CANN {current().cann} has no sink, 8.5 has; leave it out")
     if sink.dtype != torch.float32 or tuple(sink.shape) != (heads,):
         raise error(
             f"sink is {sink.dtype} of shape {tuple(sink.shape)}; it must be float32 of ({heads},)"

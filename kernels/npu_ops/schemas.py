@@ -28,7 +28,8 @@ def releases() -> tuple[str, ...]:
 def nearest(release: str) -> str:
     """The newest recorded release that is not newer than ``release``.
 
-    Raises OperatorError if all are newer.
+    By number, though a post release may have more than the release of the next number. Raises
+    OperatorError if all are newer.
     """
     known = [other for other in releases() if Version(other) <= Version(release)]
     if not known:

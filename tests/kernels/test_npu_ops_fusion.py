@@ -215,8 +215,14 @@ def test_sinks():
     sinks = np.array([-1.0, 0.5, 3.0, 0.0], np.float32)
     given_sinks = torch.from_numpy(sinks)
     judge(shape, made, call(shape, made, sink=given_sinks), sinks=sinks)
-    said = "sink needs torch_npu 2.8.0.post2 and CANN 8.5"
-    for options in ({"release": "2.7.1"}, {"release": "2.8.0"}, {"cann": "8.3"}):
+    for release in ("2.7.1.post2", "2.8.0.post2", "2.10.0"):
+        with surface_settings(release=release):
+            call(shape, made, sink=given_sinks)
+    for options, said in (
+        ({"release": "2.7.1"}, r"torch_npu 2\.7\.1 has no sink; leave it out"),
+        ({"release": "2.8.0"}, r"torch_npu 2\.8\.0 has no sink; leave it out"),
+        ({"cann": "8.3"}, r"CANN 8\.3 has no sink, 8\.5 has; leave it out"),
+    ):
         with surface_settings(**options), pytest.raises(RuntimeError, match=said):
             call(shape, made, sink=given_sinks)
 

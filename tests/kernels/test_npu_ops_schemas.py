@@ -73,14 +73,17 @@ def test_what_changed_between_releases():
     rotary = "npu::npu_apply_rotary_pos_emb"
     assert 'layout="BSH"' in schemas.load("2.10.0")[rotary]
     assert 'layout="BSND"' in schemas.load("2.11.0")[rotary]
+    # A post release may be newer than the next number.
+    assert "npu::npu_gather_pa_kv_cache" in schemas.load("2.7.1.post4")
+    assert "npu::npu_gather_pa_kv_cache" not in schemas.load("2.8.0")
     for name in ("npu::npu_fused_infer_attention_score", "atb::_npu_paged_attention"):
         assert len({schemas.load(release)[name] for release in schemas.releases()}) == 1
 
 
 @pytest.mark.parametrize(
     ("asked", "taken"),
-    [("2.7.1", "2.7.1"), ("2.7.1.post4", "2.7.1"), ("2.9.1", "2.9.0"), ("2.8.0.post1", "2.8.0"),
-     ("3.1", "2.14.0")],
+    [("2.7.1", "2.7.1"), ("2.7.1.post5", "2.7.1.post4"), ("2.9.2", "2.9.1"),
+     ("2.8.0.post1", "2.8.0"), ("2.10.0.post2", "2.10.0.post2"), ("3.1", "2.14.0")],
 )  # fmt: skip
 def test_a_release_that_is_not_recorded_takes_the_one_before(asked, taken):
     assert schemas.nearest(asked) == taken
