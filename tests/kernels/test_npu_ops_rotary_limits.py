@@ -272,12 +272,11 @@ def test_rotary_embedding_keeps_the_first_cache_where_that_is_not_allowed(monkey
                 rotary._npu_rotary_embedding(
                     **{**call, **{n: c(call[n]) if callable(c) else c for n, c in change.items()}}
                 )
-        # Another surface is another process.
-        with monkeypatch.context() as patch:
-            patch.setattr(rotary_checks.surface, "installed", lambda: "another")
-            rotary._npu_rotary_embedding(**{**call, "cos_sin_cache": call["cos_sin_cache"] * 2})
         rotary_checks.forget()
         rotary._npu_rotary_embedding(**{**call, "cos_sin_cache": call["cos_sin_cache"] * 2})
+        # Another surface is another process.
+        monkeypatch.setattr(rotary_checks.surface, "installed", lambda: "another")
+        rotary._npu_rotary_embedding(**{**call, "cos_sin_cache": call["cos_sin_cache"] * 3})
     rotary_checks.forget()
     # A float32 model of a test's own.
     wide = {n: x.float() if torch.is_tensor(x) and x.dim() == 2 else x for n, x in call.items()}
