@@ -72,7 +72,8 @@ def test_row(release, behaviour):
     right = 0.02 if behaviour.case.sinks else 1e-4
     if (release, behaviour.name) in LEFT:
         assert unpatched["fault"] or unpatched["error"] > right
-        assert patched == unpatched
+        for what in ("fault", "error", "bits"):
+            assert patched.get(what) == unpatched.get(what)
     elif behaviour.name == "wide chunk":
         # Right, if slow; here it is only seen that its loop would run.
         assert unpatched["calls"][0]["operator"] == "vanilla_chunked_prefill"

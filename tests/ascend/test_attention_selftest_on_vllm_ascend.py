@@ -10,7 +10,6 @@ from ascend_attention_runs import run
 pytestmark = pytest.mark.slow
 
 CODE = """
-import inspect
 from ascend_patch import _runtime
 from ascend_patch.kernels.npu_ops import surface
 runtime = _runtime.current()
@@ -19,17 +18,16 @@ def off_by(more):
     'Another operator: its band keeps `more` keys more than it should.'
     library = torch.library.Library("npu", "IMPL")
     for name in ("npu_fused_infer_attention_score", "npu_fused_infer_attention_score_v2"):
-        real = surface.kernels()[f"npu::{name}"]
-        (schema,) = [s for s in torch._C._jit_get_schemas_for_operator(f"npu::{name}")
+        full = f"npu::{name}"
+        (schema,) = [s for s in torch._C._jit_get_schemas_for_operator(full)
                      if not s.overload_name]
+        real = surface._kernel(operators, full, schema, surface.kernels()[full])
         names = [a.name for a in schema.arguments]
-        defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-        def wrong(*args, real=real, names=names, defaults=defaults, **kwargs):
-            given = {**defaults, **dict(zip(names, args)), **kwargs}
-            if given["sparse_mode"] == 4:
+        def wrong(*args, real=real, names=names, **kwargs):
+            given = {**dict(zip(names, args)), **kwargs}
+            if given.get("sparse_mode") == 4:
                 given["pre_tokens"] += more
-            known = inspect.signature(real).parameters
-            return real(**{name: value for name, value in given.items() if name in known})
+            return real(**given)
         library.impl(name, wrong, "CPU", allow_override=True)
     return library
 
