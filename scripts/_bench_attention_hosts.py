@@ -1,7 +1,7 @@
 """What patch_attention_router costs the host in vllm-ascend: rows for scripts/bench attention.
 
-The releases run as in tests/ascend, over the real torch_npu on stub libraries, in a process
-unpatched and in one patched; their operators return at once, so that what is left is the host's
+The releases run as in tests/ascend, over the real torch_npu on stub libraries, the method that we
+wrap and the wrapper by turns; their operators return at once, so that what is left is the host's
 time. Without the environments of those tests (which they build) there is nothing to measure with.
 """
 
@@ -38,18 +38,18 @@ def at_once():
         libraries.append(library)
     return libraries
 
-def figures(call):
-    'p50 and p95 of the microseconds of one call.'
-    for _ in range(50):
+def figures(calls):
+    'p50 and p95 of the microseconds of a call, of each by turns: a machine changes its speed.'
+    for call in calls * 50:
         call()
-    samples = []
+    samples = [[] for _ in calls]
     for _ in range(300):
-        begun = time.perf_counter()
-        for _ in range(10):
-            call()
-        samples.append((time.perf_counter() - begun) * 1e5)
-    samples.sort()
-    return [round(statistics.median(samples), 2), round(samples[int(len(samples) * 0.95)], 2)]
+        for call, kept in zip(calls, samples):
+            begun = time.perf_counter()
+            for _ in range(10):
+                call()
+            kept.append((time.perf_counter() - begun) * 1e5)
+    return [[round(statistics.median(kept), 2), round(sorted(kept)[285], 2)] for kept in samples]
 
 def forward(kind, requests):
     window = 20 if "window" in kind else None
@@ -61,9 +61,10 @@ def forward(kind, requests):
     output = torch.empty_like(batch.query)
     context = types.SimpleNamespace(capturing=False, is_draft_model=False, attn_metadata=None)
     forward_context._forward_context = context
-    run = model.impl.forward
-    return lambda: run(model.layer, batch.query, batch.key, batch.value, batch.cache, metadata,
-                       output=output)
+    given = model.layer, batch.query, batch.key, batch.value, batch.cache, metadata
+    patched, kind = model.impl.forward, type(model.impl)
+    unpatched = kind.forward.__wrapped__.__get__(model.impl, kind)
+    return [lambda run=run: run(*given, output=output) for run in (unpatched, patched)]
 
 kept = at_once()
 operators.record = False
@@ -84,12 +85,11 @@ def measure(_timed: Callable[..., Any]) -> list[dict[str, Any]]:
         if not (Environment(release).folder / "built").exists():
             print(f"vllm-ascend {release} is not measured: its tests have not built it here")
             continue
-        for patches in ("none", "attention_router"):
-            found = run(release, code, patches=patches)
-            what = f"{release} {'unpatched' if patches == 'none' else 'patched'}"
-            for name, (p50, p95) in found.items():
-                kind, _, requests = name.partition("/")
-                row = {"what": what, "kind": kind, "requests": int(requests)}
+        found = run(release, code)
+        for name, pair in found.items():
+            kind, _, requests = name.partition("/")
+            for what, (p50, p95) in zip(("unpatched", "patched"), pair, strict=True):
+                row = {"what": f"{release} {what}", "kind": kind, "requests": int(requests)}
                 rows.append({**row, "p50_us": p50, "p95_us": p95})
     return rows
 
