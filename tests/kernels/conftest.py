@@ -52,3 +52,18 @@ def no_surface_left() -> Iterator[None]:
     found = surface.installed() if surface is not None else None
     if found is not None:
         found.remove()
+
+
+@pytest.fixture
+def on_the_surface() -> Iterator[None]:
+    """torch_npu's operators on CPU tensors, in float32 too; one thread, for sizes like these."""
+    import torch
+
+    from ascend_patch.kernels.npu_ops import surface
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    surface.install()
+    with surface.settings(allow=("float32",)):
+        yield
+    torch.set_num_threads(threads)

@@ -26,14 +26,7 @@ SWEEP = 3000
 MOST_REFUSED = 0.10
 
 
-@pytest.fixture(autouse=True)
-def on_the_surface():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    surface.install()
-    with surface.settings(allow=("float32",)):
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("on_the_surface")
 
 
 def check(asked):

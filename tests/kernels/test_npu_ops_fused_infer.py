@@ -14,8 +14,6 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from npu_ops_fused_calls import MOST, V1, V2, call, judge  # noqa: E402
 
-from ascend_patch.kernels.npu_ops import surface  # noqa: E402
-
 LAYOUTS = ("TND", "NTD_TND", "BSH", "BSND", "BNSD", "BNSD_BSND")
 quick = settings(
     max_examples=150,
@@ -26,14 +24,7 @@ quick = settings(
 )
 
 
-@pytest.fixture(autouse=True)
-def on_the_surface():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    surface.install()
-    with surface.settings(allow=("float32",)):
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("on_the_surface")
 
 
 @st.composite

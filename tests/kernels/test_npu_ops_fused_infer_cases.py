@@ -11,17 +11,7 @@ import npu_ops_attention_oracle as oracle  # noqa: E402
 import npu_ops_batches as batches  # noqa: E402
 from npu_ops_fused_calls import NAMES, V1, V2, call, judge, lists  # noqa: E402
 
-from ascend_patch.kernels.npu_ops import surface  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def on_the_surface():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    surface.install()
-    with surface.settings(allow=("float32",)):
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("on_the_surface")
 
 
 @pytest.mark.parametrize("operator", [V1, V2])

@@ -14,8 +14,6 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from npu_ops_paged_calls import HIDES, caches, lens, upper  # noqa: E402
 
-from ascend_patch.kernels.npu_ops import surface  # noqa: E402
-
 quick = settings(
     max_examples=80,
     deadline=None,
@@ -25,14 +23,7 @@ quick = settings(
 )
 
 
-@pytest.fixture(autouse=True)
-def on_the_surface():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    surface.install()
-    with surface.settings(allow=("float32",)):
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("on_the_surface")
 
 
 def nan_like(shape, made):

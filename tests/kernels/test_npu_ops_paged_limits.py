@@ -10,17 +10,9 @@ import npu_ops_batches as batches  # noqa: E402
 from npu_ops_limits import assert_refused  # noqa: E402
 from npu_ops_paged_calls import caches, lens, upper  # noqa: E402
 
-from ascend_patch.kernels.npu_ops import paged, surface  # noqa: E402
+from ascend_patch.kernels.npu_ops import paged  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def on_the_surface():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    surface.install()
-    with surface.settings(allow=("float32",)):
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("on_the_surface")
 
 
 def decode(heads=4, kv_heads=2, width=64, **options):
