@@ -37,6 +37,9 @@ PATCH = Patch(
         "vllm_ascend, MiniMax: its norm over all ranks' heads (split_qkv_tp_rmsnorm_rope) keeps "
         "the angles gathered once a step; 310P: it has rotary classes of its own, or in 0.11 and "
         "0.13 other operators; A5: qkv_rmsnorm_rope_simt",
+        "vllm_ascend, models with two kinds of RoPE (Gemma 3, some drafts) where both go through "
+        "torch_npu's _npu_rotary_embedding (heads other than 128 up to 0.13.0, later without "
+        "Triton): op-plugin's adapter keeps the first cos_sin_cache of a process for all",
         "vllm_ascend, Llama 3, linear and dynamic NTK scaling: it has no classes for them, and "
         "they run vLLM's own torch code on an NPU",
         "vllm_ascend, torchair's graph mode of 0.11: it replaces the rotary methods by its own",
