@@ -56,7 +56,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def tiny_model(env: _env.Environment) -> Path:
     """Return the tiny model, made with the environment's own torch when it is first needed."""
     script = _env.SCRIPTS / "_tiny_model.py"
-    sources = [script, _env.SCRIPTS / "_tiny_weights.py"]
+    sources = [script, *(_env.SCRIPTS / f"_tiny_{name}.py" for name in ("draw", "weights"))]
     folder = _env.cache_root() / "models" / f"tiny-qwen3-{_env.digest_of(sources)[:8]}"
     with _env.locked(folder):
         if not (folder / "config.json").exists():

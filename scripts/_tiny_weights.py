@@ -14,10 +14,11 @@ shows. The scales here are chosen against that:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from _tiny_draw import Draw
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS = 256, 512, 2, 4, 2
 MAX_POSITIONS = 4096
@@ -28,6 +29,7 @@ ATTENTION_GAIN = 1.5  # standard deviation of a score before the softmax is abou
 VALUE_GAIN = 1.2
 LOGIT_STD = 2.0
 
+HEAD_DIM = 128
 GLM_HEAD_DIM, GLM_PARTIAL = 192, 0.5
 
 # Of the first layer; shorter than most of the tests' prompts.
@@ -41,26 +43,6 @@ VISION_HIDDEN, VISION_INTERMEDIATE, VISION_DEPTH, VISION_HEADS = 128, 256, 2, 2
 IMAGE_STD = 1.0
 
 State = dict[str, Any]
-
-
-class Draw:
-    """Random matrices from one generator, in the order in which they are asked for."""
-
-    def __init__(self, seed: int) -> None:
-        import torch
-
-        self.torch = torch
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def normal(self, *shape: int, std: float) -> Any:
-        return self.torch.randn(*shape, generator=self.generator) * std
-
-    def linear(self, out_features: int, in_features: int, gain: float = 1.0) -> Any:
-        """Weights that give a unit input an output with `gain` for standard deviation."""
-        return self.normal(out_features, in_features, std=gain / math.sqrt(in_features))
-
-    def full(self, size: int, value: float = 1.0) -> Any:
-        return self.torch.full((size,), value)
 
 
 @dataclass(frozen=True)
@@ -144,7 +126,7 @@ def feed_forward(draw: Draw, layer: str) -> State:
     }
 
 
-def qwen3_kind(*, head_dim: int = 128, yarn: bool = False) -> Kind:
+def qwen3_kind(*, yarn: bool = False) -> Kind:
     """Return Qwen3: NeoX style, queries and keys normalised; with YaRN or without."""
     scaling = {
         "rope_type": "yarn",
@@ -156,7 +138,7 @@ def qwen3_kind(*, head_dim: int = 128, yarn: bool = False) -> Kind:
         return {
             "architectures": ["Qwen3ForCausalLM"],
             "model_type": "qwen3",
-            "head_dim": head_dim,
+            "head_dim": HEAD_DIM,
             "max_window_layers": LAYERS,
             "rope_scaling": scaling if yarn else None,
             "sliding_window": None,
@@ -166,9 +148,9 @@ def qwen3_kind(*, head_dim: int = 128, yarn: bool = False) -> Kind:
     def weights(draw: Draw, layer: str) -> State:
         attn = layer + "self_attn."
         return {
-            **attention(draw, layer, head_dim),
-            attn + "q_norm.weight": draw.full(head_dim, ATTENTION_GAIN),
-            attn + "k_norm.weight": draw.full(head_dim, ATTENTION_GAIN),
+            **attention(draw, layer, HEAD_DIM),
+            attn + "q_norm.weight": draw.full(HEAD_DIM, ATTENTION_GAIN),
+            attn + "k_norm.weight": draw.full(HEAD_DIM, ATTENTION_GAIN),
             **feed_forward(draw, layer),
         }
 
@@ -199,23 +181,21 @@ def glm4_kind() -> Kind:
     return Kind(config, weights)
 
 
-def windowed_kind(*, head_dim: int = 128) -> Kind:
+def windowed_kind() -> Kind:
     """Return Llama with a sliding window in its first layer, and none in the others."""
 
     def config(_vocab: dict[str, int]) -> State:
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
-            "head_dim": head_dim,
+            "head_dim": HEAD_DIM,
             "layer_types": ["sliding_attention", *["full_attention"] * (LAYERS - 1)],
             "sliding_window": WINDOW,
         }
 
     def weights(draw: Draw, layer: str) -> State:
-        return {
-            **attention(draw, layer, head_dim, gain=ATTENTION_GAIN),
-            **feed_forward(draw, layer),
-        }
+        state = attention(draw, layer, HEAD_DIM, gain=ATTENTION_GAIN)
+        return state | feed_forward(draw, layer)
 
     return Kind(config, weights)
 
