@@ -6,6 +6,7 @@ step, and the table in `kernels/attention` says which operator answers it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ascend_patch.impl import attention_ascend_steps as steps
@@ -22,19 +23,44 @@ EMPTY = "a batch without queries"
 WINDOW_ROWS = ("window-prefill", "window-cache", "sinks-window-prefill", "sinks-window-cache")
 
 
-def forward_0_13(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """`AscendAttentionBackendImpl.forward` of 0.13.0."""
+def _mended(
+    wrapped: Any,
+    instance: Any,
+    args: Any,
+    kwargs: Any,
+    ignored: Callable[[Any], str],
+    defect_of: Callable[[Any, Any], str],
+    cached: Callable[[Any, Step], tuple[Any, Any]],
+) -> Any:
+    """`forward`, by a route where the release gets the step wrong.
+
+    Args:
+        ignored: What the release leaves out of a layer in a graph that it captures, if anything.
+        defect_of: What it gets wrong in a step, by layer and metadata; empty where nothing is.
+        cached: As `steps.answered` takes it.
+    """
     metadata = args[5] if len(args) > 5 else kwargs.get("attn_metadata")
     if metadata is None or not steps.is_plain(instance):
         return wrapped(*args, **kwargs)
-    if instance.sliding_window is not None and steps.is_capturing(instance):
-        return steps.left_captured(wrapped, NO_WINDOW, args, kwargs)
-    defect = _defect_0_13(instance, metadata)
+    left_out = ignored(instance)
+    if left_out and steps.is_capturing(instance):
+        return steps.left_captured(wrapped, left_out, args, kwargs)
+    defect = defect_of(instance, metadata)
     if defect:
         step = Step(*args, **kwargs)
-        if steps.answered(instance, step, defect, _cached_0_13):
+        if steps.answered(instance, step, defect, cached):
             return step.output
     return wrapped(*args, **kwargs)
+
+
+def forward_0_13(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """`AscendAttentionBackendImpl.forward` of 0.13.0."""
+    how = (_ignored_0_13, _defect_0_13, _cached_0_13)
+    return _mended(wrapped, instance, args, kwargs, *how)
+
+
+def _ignored_0_13(instance: Any) -> str:
+    return "" if instance.sliding_window is None else NO_WINDOW
 
 
 def _defect_0_13(instance: Any, metadata: Any) -> str:
@@ -67,18 +93,12 @@ def _cached_0_13(instance: Any, step: Step) -> tuple[Any, Any]:
 
 def forward_0_18(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """`AscendAttentionBackendImpl.forward` of 0.18.0."""
-    metadata = args[5] if len(args) > 5 else kwargs.get("attn_metadata")
-    if metadata is None or not steps.is_plain(instance):
-        return wrapped(*args, **kwargs)
-    sinks = instance.sinks is not None
-    if (sinks or instance.sliding_window is not None) and steps.is_capturing(instance):
-        return steps.left_captured(wrapped, NO_SINKS if sinks else NO_WINDOW, args, kwargs)
-    defect = _defect_0_18(instance, metadata)
-    if defect:
-        step = Step(*args, **kwargs)
-        if steps.answered(instance, step, defect, _cached_0_18):
-            return step.output
-    return wrapped(*args, **kwargs)
+    how = (_ignored_0_18, _defect_0_18, _cached_0_18)
+    return _mended(wrapped, instance, args, kwargs, *how)
+
+
+def _ignored_0_18(instance: Any) -> str:
+    return _ignored_0_13(instance) if instance.sinks is None else NO_SINKS
 
 
 def _defect_0_18(instance: Any, metadata: Any) -> str:
