@@ -160,6 +160,6 @@ def _target(target: Target, band: Band, state: str, installed: Installed) -> dic
     root = installed.roots.get(band.host)
     in_question = band.host == installed.host and _covers(band, installed)
     if state == "skipped" and root is not None and in_question:
-        found = _records.match(band.host, root, target.symbols, band.releases)
+        found = _records.match(band.host, installed.roots, target.symbols, band.releases)
         reasons = list(found.differences) or ["its own source is as recorded"]
     return {"id": target.id, "seam": target.seam, "state": state, "reasons": reasons}

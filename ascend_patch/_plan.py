@@ -104,7 +104,7 @@ def decide(patch: Patch, installed: Installed) -> Decision:
         if not band.targets:
             continue
         symbols = tuple({symbol: None for target in band.targets for symbol in target.symbols})
-        match = _records.match(band.host, root, symbols, band.releases)
+        match = _records.match(band.host, installed.roots, symbols, band.releases)
         if match:
             return Decision(
                 patch,

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ascend_patch import _fingerprint, _registry
 from ascend_patch._fingerprint import Fingerprint
@@ -100,21 +100,33 @@ def symbols(host: Host) -> tuple[Symbol, ...]:
     return tuple(sorted(found, key=str))
 
 
+def below(release: str) -> str:
+    """The vLLM release that a release or branch head of vllm-ascend is written for.
+
+    They share their version: vllm-ascend 0.18.0 and its branch releases/v0.18.0 need vLLM 0.18.0.
+    """
+    return ".".join(map(str, release_order(release)[0]))
+
+
 def match(
-    host: Host, package_root: Path, symbols: Iterable[Symbol], releases: Sequence[str]
+    host: Host,
+    package_roots: Mapping[Host, Path],
+    symbols: Iterable[Symbol],
+    releases: Sequence[str],
 ) -> Match:
     """Compare an installed source with recorded releases. Only `.py` files are read.
 
     Args:
         host: The library.
-        package_root: The folder that holds its top-level package.
+        package_roots: The folders that hold top-level packages: the host's, and vLLM's where a
+            symbol of vLLM is among those of another host.
         symbols: What has to be equal.
         releases: The recorded releases to compare with.
 
     Raises:
         RecordError: One of the releases was never recorded.
     """
-    installed = {symbol: _installed(package_root, symbol) for symbol in dict.fromkeys(symbols)}
+    installed = {symbol: _installed(package_roots, symbol) for symbol in dict.fromkeys(symbols)}
     compared = {
         release: tuple(
             sentence
@@ -131,8 +143,11 @@ def match(
     return Match(agreeing, nearest, compared[nearest])
 
 
-def _installed(package_root: Path, symbol: Symbol) -> Fingerprint | str | None:
+def _installed(package_roots: Mapping[Host, Path], symbol: Symbol) -> Fingerprint | str | None:
     """The fingerprint of an installed symbol, or why its source cannot be read."""
+    package_root = package_roots.get(cast(Host, symbol.package))
+    if package_root is None:
+        return f"the sources of {symbol.package} were not found"
     try:
         return _fingerprint.of_symbol(package_root, symbol.module, symbol.qualname)
     except (OSError, SyntaxError, ValueError, RecursionError) as error:
@@ -145,24 +160,28 @@ def _differences(
     """Sentences on how one installed symbol differs from one release's record."""
     if isinstance(found, str):
         return (f"{symbol.qualname}: {found}",)
+    if release not in _data(host):
+        _release(host, release)
+    named = release
+    if symbol.package != host:
+        host, release = cast(Host, symbol.package), below(release)
+        named = f"{host} {release}"
     try:
         recorded = fingerprint(host, release, symbol)
     except RecordError as error:
-        if release not in _data(host):
-            raise
         return (str(error),)
     if found == recorded:
         return ()
     if found is None:
-        return (f"{symbol.qualname} is not there ({symbol.module}); {release} has it",)
+        return (f"{symbol.qualname} is not there ({symbol.module}); {named} has it",)
     if recorded is None:
-        return (f"{symbol.qualname} is there ({symbol.module}); {release} has no such symbol",)
+        return (f"{symbol.qualname} is there ({symbol.module}); {named} has no such symbol",)
     if found.signature != recorded.signature:
         return (
-            f"{symbol.qualname}: its parameters are {found.signature}, recorded for {release} "
+            f"{symbol.qualname}: its parameters are {found.signature}, recorded for {named} "
             f"{recorded.signature}",
         )
-    return (f"{symbol.qualname}: its body differs from {release}",)
+    return (f"{symbol.qualname}: its body differs from {named}",)
 
 
 def _release(host: Host, release: str) -> dict[str, Any]:

@@ -40,6 +40,11 @@ class Symbol:
             raise RegistryError(f"{text!r} names no symbol; write it as package.module:qualname")
         return cls(module, qualname)
 
+    @property
+    def package(self) -> str:
+        """The top-level package that holds it; its sources are recorded under that name."""
+        return self.module.partition(".")[0]
+
     def __str__(self) -> str:
         return f"{self.module}:{self.qualname}"
 
@@ -54,8 +59,9 @@ class Target:
             through wrapt's proxies) or `operator` (a registered operator is re-implemented).
         replacement: `module:function` of ours. host: a wrapt wrapper (wrapped, instance, args,
             kwargs). traced and operator: a factory that takes the original and returns ours.
-        context: Further symbols of the same host that our code relies on; they are fingerprinted
-            with the target.
+        context: Further symbols that our code relies on; they are fingerprinted with the target.
+            A target in vllm_ascend may name symbols of vllm, this one or the target itself: they
+            are held to the vLLM release that a release of vllm_ascend has its version from.
         assigned_by: The module that assigns the target last, where that is not its own module.
         operator: `namespace::name`, for an operator seam.
         dispatch_key: The key whose kernel is replaced, for an operator seam.
@@ -211,8 +217,8 @@ class Patch:
         """Every symbol of a host whose fingerprint is recorded for this patch."""
         found = {Symbol.parse(text): None for text in self.watch.get(host, ())}
         for band in self.bands:
-            if band.host == host:
-                found.update((symbol, None) for target in band.targets for symbol in target.symbols)
+            for target in band.targets:
+                found.update((symbol, None) for symbol in target.symbols if symbol.package == host)
         return tuple(found)
 
 

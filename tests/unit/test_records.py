@@ -59,7 +59,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compare(root: Path, *symbols: Symbol, releases: tuple[str, ...] = ()) -> _records.Match:
-    return _records.match("vllm", root, symbols, releases or _records.releases("vllm"))
+    return _records.match("vllm", {"vllm": root}, symbols, releases or _records.releases("vllm"))
 
 
 @pytest.mark.usefixtures("recorded")
@@ -138,7 +138,57 @@ class TestMatch:
             compare(tmp_path, FORWARD, releases=("2.0.0",))
 
     def test_no_release_at_all(self, tmp_path: Path) -> None:
-        assert _records.match("vllm", tmp_path, (FORWARD,), ()) == _records.Match((), "", ())
+        found = _records.match("vllm", {"vllm": tmp_path}, (FORWARD,), ())
+        assert found == _records.Match((), "", ())
+
+
+class TestSymbolsOfVllm:
+    """A target in vllm_ascend that names vLLM's own code, in a folder of its own."""
+
+    OWN = Symbol("vllm_ascend.rope", "Rope.forward")
+
+    @pytest.fixture
+    def roots(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[Host, Path]:
+        roots: dict[Host, Path] = {}
+        for host in HOSTS:
+            file = tmp_path / f"of_{host}" / host / "rope.py"
+            file.parent.mkdir(parents=True)
+            file.write_text(BODY.format(len(host)))
+            roots[host] = file.parent.parent
+
+        def entry(host: Host) -> list[str]:
+            found = _fingerprint.of_source(BODY.format(len(host)), FORWARD.qualname)
+            assert found
+            return [found.signature, found.digest]
+
+        def release(host: Host, symbol: Symbol) -> dict[str, object]:
+            return {"source": {}, "symbols": {str(symbol): entry(host)}}
+
+        ascend = release("vllm_ascend", self.OWN)
+        data = {
+            "vllm": {"1.2.0": release("vllm", FORWARD)},
+            "vllm_ascend": {"1.2.0": ascend, "releases/v1.2.0": ascend, "1.3.0": ascend},
+        }
+        monkeypatch.setattr(_records, "_data", lambda host: data[host])
+        return roots
+
+    def match(self, roots: dict[Host, Path]) -> _records.Match:
+        releases = _records.releases("vllm_ascend")
+        return _records.match("vllm_ascend", roots, (FORWARD, self.OWN), releases)
+
+    def test_they_are_held_to_the_vllm_release_of_that_version(self, roots) -> None:
+        # For 1.3.0 no vLLM is recorded.
+        assert self.match(roots).agreeing == ("1.2.0", "releases/v1.2.0")
+
+    def test_another_vllm_is_a_difference(self, roots) -> None:
+        (roots["vllm"] / "vllm/rope.py").write_text(BODY.format(7))
+        found = _records.match("vllm_ascend", roots, (FORWARD, self.OWN), ("releases/v1.2.0",))
+        assert not found
+        assert found.differences == ("Rope.forward: its body differs from vllm 1.2.0",)
+
+    def test_a_vllm_that_is_not_there_is_a_difference(self, roots) -> None:
+        del roots["vllm"]
+        assert "the sources of vllm were not found" in self.match(roots).differences[0]
 
 
 # --- the committed data ------------------------------------------------------------------------
@@ -215,8 +265,10 @@ def test_every_band_names_releases_that_are_recorded_and_have_its_targets() -> N
             for release in band.releases:
                 for target in band.targets:
                     symbol = Symbol.parse(target.symbol)
-                    found = _records.fingerprint(band.host, release, symbol)
-                    assert found, f"{patch.id}: {symbol} is not in {band.host} {release}"
+                    own = symbol.package == band.host
+                    where = release if own else _records.below(release)
+                    found = _records.fingerprint(symbol.package, where, symbol)
+                    assert found, f"{patch.id}: {symbol} is not in {symbol.package} {where}"
 
 
 @pytest.mark.parametrize("host", HOSTS)
