@@ -160,8 +160,7 @@ def _differences(
     """Sentences on how one installed symbol differs from one release's record."""
     if isinstance(found, str):
         return (f"{symbol.qualname}: {found}",)
-    if release not in _data(host):
-        _release(host, release)
+    _release(host, release)  # one that was never recorded is an error
     named = release
     if symbol.package != host:
         host, release = cast(Host, symbol.package), below(release)
