@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from ascend_patch.kernels.gdn.chunk import chunk_gated_delta_rule
+from ascend_patch.kernels.gdn.gating import fused_gating
 from ascend_patch.kernels.gdn.metadata import ChunkMetadata, ChunkTable, build_chunk_metadata
+from ascend_patch.kernels.gdn.recurrent import recurrent_gated_delta_rule
 from ascend_patch.kernels.gdn.staging import PinnedStaging
 
 __all__ = [
@@ -12,4 +14,6 @@ __all__ = [
     "PinnedStaging",
     "build_chunk_metadata",
     "chunk_gated_delta_rule",
+    "fused_gating",
+    "recurrent_gated_delta_rule",
 ]
