@@ -1,0 +1,45 @@
+"""KV caches between a prefill and a decode instance: who sends what, and how it is laid out."""
+
+from __future__ import annotations
+
+from ascend_patch.kernels.kv_layout.descriptors import (
+    Descriptors,
+    Pairs,
+    descriptors,
+    match_blocks,
+)
+from ascend_patch.kernels.kv_layout.geometry import Run
+from ascend_patch.kernels.kv_layout.plan import (
+    PULL,
+    PUSH,
+    Merge,
+    Piece,
+    Plan,
+    Transfer,
+    plan_transfers,
+)
+from ascend_patch.kernels.kv_layout.refusals import REFUSALS, Refusal, refuse
+from ascend_patch.kernels.kv_layout.topology import HND, NHD, LayerGroup, Side, Topology
+
+__all__ = [
+    "HND",
+    "NHD",
+    "PULL",
+    "PUSH",
+    "REFUSALS",
+    "Descriptors",
+    "LayerGroup",
+    "Merge",
+    "Pairs",
+    "Piece",
+    "Plan",
+    "Refusal",
+    "Run",
+    "Side",
+    "Topology",
+    "Transfer",
+    "descriptors",
+    "match_blocks",
+    "plan_transfers",
+    "refuse",
+]
