@@ -63,6 +63,8 @@ class Target:
             A target in vllm_ascend may name symbols of vllm, this one or the target itself: they
             are held to the vLLM release that a release of vllm_ascend has its version from.
         assigned_by: The module that assigns the target last, where that is not its own module.
+        assigned_to: `module:qualname` that the host assigns the symbol to, where calls reach it
+            there and not by its own name; ours is put there.
         operator: `namespace::name`, for an operator seam.
         dispatch_key: The key whose kernel is replaced, for an operator seam.
         oracle: What ASCEND_PATCHES_VERIFY compares ours with. `original`: the host's own code, the
@@ -80,6 +82,7 @@ class Target:
     replacement: str
     context: tuple[str, ...] = ()
     assigned_by: str = ""
+    assigned_to: str = ""
     operator: str = ""
     dispatch_key: str = "PrivateUse1"
     oracle: str = ""
@@ -94,7 +97,12 @@ class Target:
             )
         if self.operator and not all(self.operator.partition("::")):
             raise RegistryError(f"{self.operator!r} names no operator; write it as namespace::name")
+        if self.operator and self.assigned_to:
+            raise RegistryError(
+                f"{self.symbol}: an operator has a name, and is assigned to nothing"
+            )
         named = [] if self.oracle in ORACLES else [self.oracle]
+        named += [self.assigned_to] if self.assigned_to else []
         for text in (self.symbol, self.replacement, *self.context, *named):
             Symbol.parse(text)
         if self.limit < 0:
@@ -109,6 +117,11 @@ class Target:
     def module(self) -> str:
         """The module whose end of execution attaches this target."""
         return self.assigned_by or Symbol.parse(self.symbol).module
+
+    @property
+    def place(self) -> Symbol:
+        """The attribute that is changed."""
+        return Symbol.parse(self.assigned_to or self.symbol)
 
     @property
     def symbols(self) -> tuple[Symbol, ...]:

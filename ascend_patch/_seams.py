@@ -77,7 +77,7 @@ class AttributeInstallation(Installation):
     """Host and traced seams: an attribute of a class or of a module."""
 
     def prepare(self) -> None:
-        symbol = Symbol.parse(self.target.symbol)
+        symbol = self.target.place
         self._owner, self._name = _owner(symbol)
         self._had_own = self._name in vars(self._owner)
         self._raw = inspect.getattr_static(self._owner, self._name)
@@ -123,7 +123,7 @@ class AttributeInstallation(Installation):
 
     def in_place(self) -> bool:
         try:
-            owner, name = _owner(Symbol.parse(self.target.symbol))
+            owner, name = _owner(self.target.place)
         except (SeamError, KeyError):
             return False
         # After a reload or a second import the class of that name is another one.
@@ -135,9 +135,8 @@ class AttributeInstallation(Installation):
 
     def _foreign(self, function: Any) -> str:
         # Where another module of the host assigns the target, that one is at home there too.
-        return _layers.foreign(
-            function, Symbol.parse(self.target.symbol).module, self.target.module
-        )
+        modules = (Symbol.parse(self.target.symbol).module, self.target.place.module)
+        return _layers.foreign(function, *modules, self.target.module)
 
     def found(self) -> str:
         current = inspect.getattr_static(self._owner, self._name, None)

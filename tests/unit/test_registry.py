@@ -86,6 +86,15 @@ def test_a_target_attaches_with_the_module_that_assigns_it():
     assert dataclasses.replace(TARGET, assigned_by="vllm.late").module == "vllm.late"
 
 
+def test_a_target_is_changed_where_it_is_assigned_to():
+    assert str(TARGET.place) == TARGET.symbol
+    assigned = dataclasses.replace(TARGET, assigned_to="vllm.models:Layer.forward")
+    assert str(assigned.place) == "vllm.models:Layer.forward"
+    assert assigned.id == TARGET.symbol
+    with pytest.raises(RegistryError, match="an operator has a name, and is assigned to nothing"):
+        dataclasses.replace(assigned, seam="operator", operator="ns::name")
+
+
 def test_an_operator_is_named_by_its_operator():
     target = Target("vllm.ops:f", "operator", "ours:f", operator="ns::name")
     assert target.id == "ns::name"

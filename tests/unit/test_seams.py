@@ -224,6 +224,29 @@ def test_a_function_that_another_module_of_the_host_assigns_is_no_foreigner(benc
 
 
 @SEAMS
+def test_what_a_host_assigns_into_another_class_is_replaced_there(bench, module, seam):
+    """As vllm_ascend does with methods that it writes in classes of its own."""
+    late = types.ModuleType("ap_host.late")
+    exec("class Ours:\n    def method(self, x):\n        return ['assigned', x]", vars(late))
+    sys.modules["ap_host.late"] = late
+    written = vars(late.Ours)["method"]
+    module.Layer.method = written
+    target = Target(
+        "ap_host.late:Ours.method", seam, METHOD[seam],
+        assigned_by="ap_host.late", assigned_to="ap_m:Layer.method",
+    )  # fmt: skip
+    patch = bench.arm(target)
+    assert patch.state == "applied", patch.reason
+    assert patch.targets[0].id == "ap_host.late:Ours.method"
+    assert module.Layer().method(1)[-2:] == ["assigned", 1]
+    assert module.Layer().method(1)[0] == "ours"
+    assert vars(late.Ours)["method"] is written
+    assert bench.applier.check() == []
+    bench.applier.revert("demo")
+    assert vars(module.Layer)["method"] is written
+
+
+@SEAMS
 def test_a_foreign_wrapper_around_ours_is_left_and_ours_steps_aside(bench, module, seam):
     bench.arm(function_target("f", seam))
     module.f = wrapper = foreign(module.f)
