@@ -11,7 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
-from _tiny_weights import KINDS, MAX_POSITIONS, MERGE, PATCH, TEMPORAL, Kind, common, draw_state
+from _tiny_parts import MAX_POSITIONS, Kind
+from _tiny_weights import KINDS, MERGE, PATCH, TEMPORAL, common, draw_state
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 IMAGE_SPECIAL = (
@@ -131,7 +132,7 @@ def make_tiny_model(
     vocab = write_tokenizer(folder, kind.images)
     if kind.images:
         write_image_processor(folder)
-    cfg = common(vocab, dtype) | kind.config(vocab)
+    cfg = common(vocab, dtype) | {"num_hidden_layers": kind.layers} | kind.config(vocab)
     state = {
         # Rounding to bfloat16 first gives all dtypes the same model, so they can be compared.
         name: value.to(torch.bfloat16).to(getattr(torch, dtype)).contiguous()

@@ -14,22 +14,28 @@ shows. The scales here are chosen against that:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 from _tiny_draw import Draw
+from _tiny_gdn import qwen3_next_kind
+from _tiny_parts import (
+    ATTENTION_GAIN,
+    EMBED_STD,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    INTERMEDIATE,
+    KV_HEADS,
+    LAYERS,
+    LOGIT_STD,
+    MAX_POSITIONS,
+    VALUE_GAIN,
+    Kind,
+    State,
+    attention,
+    feed_forward,
+)
 
-HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS = 256, 512, 2, 4, 2
-MAX_POSITIONS = 4096
 # YaRN's: shorter than the tests' longer prompts, so that scaling matters.
 ORIGINAL_POSITIONS = 1024
-EMBED_STD = 0.3
-ATTENTION_GAIN = 1.5  # standard deviation of a score before the softmax is about its square
-VALUE_GAIN = 1.2
-LOGIT_STD = 2.0
-
-HEAD_DIM = 128
 GLM_HEAD_DIM, GLM_PARTIAL = 192, 0.5
 
 # Of the first layer; shorter than most of the tests' prompts.
@@ -41,25 +47,6 @@ PATCH, TEMPORAL, MERGE = 14, 2, 2
 VISION_HIDDEN, VISION_INTERMEDIATE, VISION_DEPTH, VISION_HEADS = 128, 256, 2, 2
 # An image token enters with what attention adds, above a word's embedding.
 IMAGE_STD = 1.0
-
-State = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One tiny model.
-
-    Attributes:
-        config: Of a vocabulary size, what config.json says besides what all of them have.
-        weights: Draws one decoder layer's attention and norms, given the layer's prefix.
-        more: Draws what the model has besides embeddings, decoder layers and head.
-        images: Takes images: the tokenizer has their special tokens.
-    """
-
-    config: Callable[[dict[str, int]], State]
-    weights: Callable[[Draw, str], State]
-    more: Callable[[Draw], State] = lambda draw: {}
-    images: bool = False
 
 
 def common(vocab: dict[str, int], dtype: str) -> State:
@@ -75,7 +62,6 @@ def common(vocab: dict[str, int], dtype: str) -> State:
         "intermediate_size": INTERMEDIATE,
         "max_position_embeddings": MAX_POSITIONS,
         "num_attention_heads": HEADS,
-        "num_hidden_layers": LAYERS,
         "num_key_value_heads": KV_HEADS,
         "rms_norm_eps": 1e-6,
         "rope_scaling": None,
@@ -99,31 +85,9 @@ def draw_state(kind: Kind, vocab_size: int, silent: list[int], seed: int) -> Sta
         "model.norm.weight": draw.full(HIDDEN),
         "lm_head.weight": head,
     }
-    for i in range(LAYERS):
+    for i in range(kind.layers):
         state |= kind.weights(draw, f"model.layers.{i}.")
     return state | kind.more(draw)
-
-
-def attention(draw: Draw, layer: str, head_dim: int, gain: float = 1.0) -> State:
-    """Return the projections of one decoder layer's attention; `gain` on queries and keys."""
-    attn = layer + "self_attn."
-    return {
-        attn + "q_proj.weight": draw.linear(HEADS * head_dim, HIDDEN, gain=gain),
-        attn + "k_proj.weight": draw.linear(KV_HEADS * head_dim, HIDDEN, gain=gain),
-        attn + "v_proj.weight": draw.linear(KV_HEADS * head_dim, HIDDEN, gain=VALUE_GAIN),
-        attn + "o_proj.weight": draw.linear(HIDDEN, HEADS * head_dim, gain=VALUE_GAIN),
-    }
-
-
-def feed_forward(draw: Draw, layer: str) -> State:
-    mlp = layer + "mlp."
-    return {
-        mlp + "gate_proj.weight": draw.linear(INTERMEDIATE, HIDDEN),
-        mlp + "up_proj.weight": draw.linear(INTERMEDIATE, HIDDEN),
-        mlp + "down_proj.weight": draw.linear(HIDDEN, INTERMEDIATE),
-        layer + "input_layernorm.weight": draw.full(HIDDEN),
-        layer + "post_attention_layernorm.weight": draw.full(HIDDEN),
-    }
 
 
 def qwen3_kind(*, yarn: bool = False) -> Kind:
@@ -281,4 +245,5 @@ KINDS: dict[str, Kind] = {
     "glm4": glm4_kind(),
     "qwen2.5-vl": qwen25vl_kind(),
     "llama-window": windowed_kind(),
+    "qwen3-next": qwen3_next_kind(),
 }
