@@ -1,0 +1,152 @@
+"""patch_gdn_attn in vllm-ascend's classes: what runs on an NPU.
+
+The builders and layers are vLLM's classes with methods of vllm_ascend in them, so targets name the
+method as vllm_ascend writes it and, with ``assigned_to``, where calls reach it. All of it writes to
+caches, so VERIFY compares nothing; the kernels have their self-test.
+"""
+
+from __future__ import annotations
+
+from ascend_patch._registry import Band, Target
+
+WORKER_PATCH = "vllm_ascend.patch.worker"
+FLA = "vllm_ascend.ops.triton.fla"
+IMPL = "ascend_patch.impl.gdn_ascend"
+VLLM_GDN = "vllm.v1.attention.backends.gdn_attn"
+VLLM_BUILD = f"{VLLM_GDN}:GDNAttentionMetadataBuilder.build"
+VLLM_LAYER = "vllm.model_executor.models.qwen3_next:Qwen3NextGatedDeltaNet"
+METADATA = (f"{VLLM_GDN}:GDNAttentionMetadata", f"{VLLM_GDN}:GDNAttentionMetadataBuilder.__init__")
+RUNNER = "vllm_ascend.worker.model_runner_v1:NPUModelRunner"
+
+
+# The module of the patch, the class in it, and the class of vLLM that has its methods.
+QWEN3_NEXT = ("patch_qwen3_next", "AscendQwen3Next_GatedDeltaNet", VLLM_LAYER)
+QWEN3_5 = (
+    "patch_qwen3_5",
+    "AscendQwen3_5GatedDeltaNet",
+    "vllm.model_executor.models.qwen3_5:Qwen3_5GatedDeltaNet",
+)
+
+
+def _layer(replacement: str, module: str, own: str, theirs: str) -> Target:
+    """`_forward_core`, which vllm_ascend writes in a class of its own and assigns to vLLM's."""
+    return Target(
+        symbol=f"{WORKER_PATCH}.{module}:{own}._forward_core",
+        seam="host",
+        replacement=f"{IMPL}:{replacement}",
+        assigned_to=f"{theirs}._forward_core",
+        context=(
+            f"{WORKER_PATCH}.{module}:<module>",
+            f"{VLLM_LAYER}.rearrange_mixed_qkv",
+            f"{VLLM_LAYER}.get_state_shape",
+        ),
+    )
+
+
+BUILD_0_18 = Target(
+    symbol=f"{WORKER_PATCH}.patch_gdn_attn:_patched_build",
+    seam="host",
+    replacement=f"{IMPL}_metadata:build_0_18",
+    assigned_to=VLLM_BUILD,
+    context=(
+        VLLM_BUILD,
+        *METADATA,
+        "vllm.v1.attention.backends.utils:mamba_get_block_table_tensor",
+        *(
+            f"{WORKER_PATCH}.patch_gdn_attn:{name}"
+            for name in (
+                "<module>",
+                "GDNChunkedPrefillMetadata",
+                "_get_gdn_num_heads",
+                "_build_non_spec_query_start_loc_cpu",
+                "_build_non_spec_chunked_prefill_meta",
+            )
+        ),
+        # Who looks sequences up by these tables.
+        f"{FLA}.chunk:chunk_gated_delta_rule_fwd",
+        f"{FLA}.cumsum:chunk_local_cumsum_scalar",
+        f"{FLA}.solve_tril:solve_tril",
+    ),
+)
+# The rows of the host, which the runner copies to the device and clears behind the last request.
+BLOCK_TABLES = Target(
+    symbol="vllm_ascend.worker.block_table:BlockTable.__init__",
+    seam="host",
+    replacement=f"{IMPL}_blocks:remember",
+    context=(
+        "vllm_ascend.worker.block_table:BlockTable.commit_block_table",
+        "vllm_ascend.worker.block_table:BlockTable.get_device_tensor",
+        f"{RUNNER}._build_attention_metadata",
+        f"{RUNNER}._prepare_inputs",
+    ),
+)
+HOST_VALUES = Target(
+    symbol=f"{WORKER_PATCH}.patch_qwen3_5:to_int64_tuple",
+    seam="host",
+    replacement=f"{IMPL}_metadata:to_int64_tuple",
+)
+
+BANDS = (
+    Band(
+        "vllm_ascend",
+        "",
+        ("0.23.0", "releases/v0.23.0"),
+        (
+            Target(
+                symbol="vllm_ascend.ops.gdn_attn_builder:_build_non_spec_chunked_prefill_metadata",
+                seam="host",
+                replacement=f"{IMPL}_0_23:prefill_metadata",
+                context=(
+                    "vllm_ascend.ops.gdn_attn_builder:GDNChunkedPrefillMetadata",
+                    "vllm_ascend.ops.gdn_attn_builder:AscendGDNAttentionMetadataBuilder.build",
+                    f"{FLA}.chunk:chunk_gated_delta_rule_fwd",
+                    f"{FLA}.cumsum:chunk_local_cumsum_scalar",
+                    f"{FLA}.solve_tril:solve_tril",
+                ),
+            ),
+        ),
+    ),
+    Band(
+        "vllm_ascend",
+        "",
+        ("0.18.0", "releases/v0.18.0"),
+        (
+            BUILD_0_18,
+            BLOCK_TABLES,
+            HOST_VALUES,
+            _layer("qwen3_next_0_18", *QWEN3_NEXT),
+            _layer("qwen3_5_0_18", *QWEN3_5),
+        ),
+    ),
+    Band(
+        "vllm_ascend",
+        "",
+        ("0.13.0", "releases/v0.13.0"),
+        (
+            Target(
+                symbol=VLLM_BUILD,
+                seam="host",
+                replacement=f"{IMPL}_metadata:build_0_13",
+                context=METADATA,
+            ),
+            _layer("qwen3_next_0_13", *QWEN3_NEXT),
+        ),
+    ),
+    Band(
+        "vllm_ascend",
+        "",
+        ("0.11.0", "v0.11.0-dev"),
+        (
+            Target(
+                symbol="vllm_ascend.ops.fla:torch_chunk_gated_delta_rule",
+                seam="host",
+                replacement=f"{IMPL}_0_11:torch_chunk_gated_delta_rule",
+                context=(
+                    "vllm_ascend.models.qwen3_next:CustomQwen3NextGatedDeltaNet._forward",
+                    f"{WORKER_PATCH}.patch_triton:<module>",
+                ),
+            ),
+        ),
+    ),
+)
+UNTOUCHED: tuple[str, ...] = ()
