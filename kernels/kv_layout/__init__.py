@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ascend_patch.kernels.kv_layout import merge_triton
 from ascend_patch.kernels.kv_layout.descriptors import (
     Descriptors,
     Pairs,
@@ -9,6 +10,7 @@ from ascend_patch.kernels.kv_layout.descriptors import (
     match_blocks,
 )
 from ascend_patch.kernels.kv_layout.geometry import Run
+from ascend_patch.kernels.kv_layout.merge import merge_head_shards_
 from ascend_patch.kernels.kv_layout.plan import (
     PULL,
     PUSH,
@@ -40,6 +42,9 @@ __all__ = [
     "Transfer",
     "descriptors",
     "match_blocks",
+    "merge_head_shards_",
     "plan_transfers",
     "refuse",
 ]
+
+merge_triton.register()
