@@ -17,6 +17,7 @@ from ascend_patch.kernels.gdn import ChunkMetadata, PinnedStaging, build_chunk_m
 
 logger = logging.getLogger(__name__)
 
+PATCH = "gdn_attn"
 ATTRIBUTE = "ascend_patch_chunks"
 CHUNK_SIZES = (64,)
 
@@ -25,7 +26,7 @@ CHUNK_SIZES = (64,)
 _staging: weakref.WeakKeyDictionary[Any, dict[torch.device, PinnedStaging]] = (
     weakref.WeakKeyDictionary()
 )
-_refused: set[str] = set()
+_noted: set[str] = set()
 
 
 def drafting(
@@ -97,11 +98,11 @@ def attach(
                 query_start_loc_cpu,
                 device,
                 chunk_sizes=chunk_sizes,
-                staging=_staging_of(builder, device),
+                staging=staging_of(builder, device),
             )
         except ValueError as error:
             # A dummy run may leave an earlier batch's rows behind its own.
-            _refuse(str(error))
+            note(f"prefill runs the release's own code for some batches: {error}")
     setattr(metadata, ATTRIBUTE, chunks)
     return chunks
 
@@ -111,8 +112,9 @@ def of(metadata: Any) -> ChunkMetadata | None:
     return getattr(metadata, ATTRIBUTE, None)
 
 
-def _staging_of(builder: Any, device: torch.device) -> PinnedStaging | None:
-    if device.type in ("cpu", "meta"):
+def staging_of(builder: Any, device: torch.device) -> PinnedStaging | None:
+    """The buffers of a builder for copies to a device; None where memory is the host's own."""
+    if device.type == "cpu":
         return None
     buffers = _staging.setdefault(builder, {})
     if device not in buffers:
@@ -120,7 +122,15 @@ def _staging_of(builder: Any, device: torch.device) -> PinnedStaging | None:
     return buffers[device]
 
 
-def _refuse(reason: str) -> None:
-    if reason not in _refused:
-        _refused.add(reason)
-        logger.warning("GDN prefill runs the release's own code for some batches: %s", reason)
+def note(sentence: str) -> None:
+    """For the log and for the patch's state in this process; the first time only."""
+    if sentence in _noted:
+        return
+    _noted.add(sentence)
+    logger.warning("GDN: %s", sentence)
+    from ascend_patch import _runtime
+
+    state = _runtime.current().state
+    if PATCH in state.patches:
+        state.patches[PATCH].notes.append(sentence)
+        state.write()

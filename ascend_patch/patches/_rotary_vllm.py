@@ -125,10 +125,12 @@ BANDS = (
         VISION_0_12,
     ),
     *_bands(">=0.13.0,<0.14.0", "0.13.0", *_native("forward_before_0_16"), ADJACENT, ANGLES_0_13),
-    *_bands(">=0.14.0,<0.16.0", "0.15.1", *_native("forward_before_0_16"), CPU, ADJACENT, ANGLES),
+    *_bands(
+        ">=0.14.0,<0.16.0", "0.14.1 0.15.1", *_native("forward_before_0_16"), CPU, ADJACENT, ANGLES
+    ),
     *_bands(
         ">=0.16.0,<0.27.0",
-        "0.16.0 0.17.0 0.18.0 0.20.2 0.22.1 0.23.0 0.25.1 0.26.0",
+        "0.16.0 0.17.0 0.18.0 0.19.1 0.20.2 0.22.1 0.23.0 0.25.1 0.26.0",
         *_native("forward"),
         CPU,
         ADJACENT,

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from ascend_patch._registry import Patch
-from ascend_patch.patches import _watch, _watch_ascend
+from ascend_patch.patches import _gdn_ascend, _gdn_vllm, _watch, _watch_ascend
 
 PATCH = Patch(
     id="gdn_attn",
-    version="0",
-    summary="GDN prefill without host/device round trips",
-    why="Chunk metadata is derived on the device, with three synchronisations a call.",
-    upstream="vllm-ascend #7487",
-    remove_when="no release in use needs it",
+    version="1",
+    summary="GDN prefill without host/device round trips; GDN models where Triton does not run",
+    why=(
+        "Chunk metadata is derived on the device, with three synchronisations a call, and the "
+        "builder waits for the device as well; without Triton GDN models do not run at all."
+    ),
+    upstream="vllm-ascend #7487; vLLM's own is #38361",
+    remove_when="vLLM 0.20.0 or later, or a vllm-ascend whose layers read nothing from the device",
+    bands=_gdn_vllm.BANDS + _gdn_ascend.BANDS,
     watch={"vllm": _watch.GDN_ATTN, "vllm_ascend": _watch_ascend.GDN_ATTN},
+    untouched=_gdn_vllm.UNTOUCHED + _gdn_ascend.UNTOUCHED,
 )
