@@ -82,8 +82,10 @@ def applies_to(patch: Patch) -> str:
         name = f"{band.name}{' (retired)' if band.retired else ''}"
         start, _, end = name.partition(",<")
         before, _, until = found[-1].partition(",<") if found else ("", "", "")
-        # "1.0 (retired)" is no end that another range begins with.
-        if until and not band.retired and start == f"{band.host} >={until}":
+        # "1.0 (retired)" and "1.0 on cuda" are no ends that another range begins with.
+        devices = f" on {' / '.join(band.devices)}" if band.devices else ""
+        meets = until.endswith(devices) and start == f"{band.host} >={until.removesuffix(devices)}"
+        if until and not band.retired and meets:
             found[-1] = f"{before},<{end}"
         else:
             found.append(name)

@@ -8,7 +8,7 @@ from ascend_patch.patches import _gdn_ascend, _gdn_vllm, _watch, _watch_ascend
 PATCH = Patch(
     id="gdn_attn",
     version="1",
-    summary="GDN prefill without host/device round trips; GDN models where Triton does not run",
+    summary="GDN prefill without host/device round trips, and on CPUs at all",
     why=(
         "Chunk metadata is derived on the device, with three synchronisations a call, and the "
         "builder waits for the device as well; without Triton GDN models do not run at all."

@@ -62,6 +62,10 @@ def test_tables_show_ranges_that_meet_as_one():
 
     assert shown(band(">=1,<2"), band(">=1,<2", label="x"), band(">=2,<3")) == "vllm >=1,<3"
     assert shown(band(">=1,<2"), band(">=3,<4")) == "vllm >=1,<2; vllm >=3,<4"
+    on = {"devices": ("cuda",)}
+    assert shown(band(">=1,<2", **on), band(">=2,<3", **on)) == "vllm >=1,<3 on cuda"
+    for first, second in ((on, {}), ({}, on)):
+        assert ">=2,<3" in shown(band(">=1,<2", **first), band(">=2,<3", **second))
     retired = Band("vllm", ">=2,<3", retired="it is right")
     assert shown(band(">=1,<2"), retired) == "vllm >=1,<2; vllm >=2,<3 (retired)"
     assert shown(retired, band(">=3,<4")) == "vllm >=2,<3 (retired); vllm >=3,<4"
