@@ -1,9 +1,13 @@
-"""chunk_gated_delta_rule through two Triton kernels: what they take and how they are launched.
+"""chunk_gated_delta_rule through Triton kernels: what they take and how they are launched.
 
-Triton is imported when a kernel first runs, never by importing this module.
+`run` is for a GPU: three launches, the longest of which waits for nothing but the state. In two,
+`chunk_fused` moves fewer bytes. Triton is imported when a kernel first runs, never by importing
+this module.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +17,14 @@ from ascend_patch.kernels.gdn.reference import NORM_EPS
 
 NAME = "triton"
 CHUNK = 64
-# Of a state, for one program. Parts of 32 are faster where heads are few (an H200, 32 heads of 8192
-# tokens: 0.20 ms, not 0.29), but Triton 3.6 then reads shared memory out of range unless each load
-# runs ahead, which strides decide.
-COLUMNS = 64
 _SIZES = (64, 128, 256)
 _PRIORITY = 10
+# Programs that keep an H200's 132 multiprocessors at work. A state's columns are parted until there
+# are as many: parts of 16 make a step of few heads shorter, of 64 spare many heads reading w and k
+# again. Measured there: 1 x 32768 tokens, 8 heads: 0.60 ms by 16, 0.89 by 64; 8 x 1024, 32 heads:
+# 0.22 by 16, 0.14 by 64.
+_ENOUGH = 128
+_PARTS = (64, 32, 16)
 
 
 def supports(call: Call) -> tuple[bool, str]:
@@ -41,69 +47,122 @@ def supports(call: Call) -> tuple[bool, str]:
     return True, ""
 
 
-def run(call: Call) -> None:
-    """``reference.run`` in two launches; one where no sequence has tokens, for their states."""
-    import triton.language as tl
+def columns_of(width: int, programs: int) -> int:
+    """How many of a state's ``width`` columns one program carries, where a column each is
+    ``programs`` / width programs."""
+    for part in _PARTS:
+        if programs // part >= _ENOUGH:
+            return min(part, width)
+    return _PARTS[-1]
 
-    from ascend_patch.kernels.gdn.prepare_kernel import prepare_kernel
-    from ascend_patch.kernels.gdn.scan_kernel import scan_kernel
+
+def run(call: Call) -> None:
+    """``reference.run`` in three launches; one where no sequence has tokens, for their states."""
+    from ascend_patch.kernels.gdn.carry_kernel import carry_kernel
+    from ascend_patch.kernels.gdn.output_kernel import output_kernel
 
     sequences = len(call.starts) - 1
     if not sequences:
         return
     tokens, heads, width = call.v.shape
-    key_heads, size = call.k.shape[1:]
-    table = call.metadata.table(CHUNK)
-    shared = {"H": key_heads, "HV": heads, "K": size, "V": width, "CHUNK": CHUNK}
-    shared["NORMALISE"] = call.normalise
-
-    def fresh(*shape: int, dtype: torch.dtype = call.q.dtype) -> Tensor:
-        return torch.empty(tokens, *shape, dtype=dtype, device=call.q.device)
-
-    w, u, p = fresh(heads, size), fresh(heads, width), fresh(heads, CHUNK)
-    decays = fresh(heads, dtype=torch.float32)
-    lengths = (
-        [fresh(key_heads, dtype=torch.float32) for _ in "qk"] if call.normalise else [None] * 2
+    size = call.k.shape[2]
+    chunks = call.metadata.table(CHUNK).indices
+    sizes = shared(call)
+    kind = call.q.dtype
+    w, u = fresh(call, tokens, heads, size, dtype=kind), fresh(call, *call.v.shape, dtype=kind)
+    totals, left = (fresh(call, heads, tokens) for _ in range(2))
+    lasts = fresh(call, len(chunks), heads)
+    states = fresh(call, len(chunks), heads, size, width, dtype=kind)
+    if len(chunks):
+        parts = {"totals": totals, "left": left, "lasts": lasts, "tokens": tokens, "SCORES": False}
+        prepare(call, w, u, **parts)
+    columns = columns_of(width, sequences * heads * width)
+    carry_kernel[width // columns, sequences * heads](
+        *(call.k, w, u, left, lasts, states, call.initial, call.final),
+        *carried(call),
+        *(call.metadata.cu_seqlens, call.metadata.table(CHUNK).offsets, call.k.stride(0)),
+        *(0 if x is None else x.stride(0) for x in (call.initial, call.final)),
+        tokens,
+        **sizes,
+        **state_constants(call),
+        COLUMNS=columns,
+        num_warps=4,
+        # Loads run ahead of the loop; tiles of 256 columns leave no memory for that.
+        num_stages=3 if size <= 128 else 1,
     )
-    starts = call.metadata.cu_seqlens
-    if len(table.indices):
-        prepare_kernel[len(table.indices), heads](
-            *(call.q, call.k, call.v, call.g, call.beta, *lengths, w, u, p, decays),
-            *(starts, table.indices),
-            *(x.stride(0) for x in (call.q, call.k, call.v, call.g, call.beta)),
+    if len(chunks):
+        columns = min(width, 128)
+        output_kernel[width // columns, heads, len(chunks)](
+            *(call.q, call.k, u, totals, states, call.out, call.metadata.cu_seqlens, chunks),
+            *(x.stride(0) for x in (call.q, call.k, call.out)),
+            tokens,
             call.scale,
-            **shared,
+            **sizes,
+            COLUMNS=columns,
+            NORMALISE=call.normalise,
             EPS=NORM_EPS,
-            SOLVE=tl.float16,
             num_warps=4,
         )
-    constants = {
+
+
+def prepare(call: Call, w: Tensor, u: Tensor, *scored: Tensor | None, **parts: Any) -> None:
+    """prepare_kernel on every chunk; ``scored``: lengths_q, lengths_k, p and decays, or none."""
+    import triton.language as tl
+
+    from ascend_patch.kernels.gdn.prepare_kernel import prepare_kernel
+
+    lengths_q, lengths_k, p, decays = scored or (None,) * 4
+    indices = call.metadata.table(CHUNK).indices
+    prepare_kernel[len(indices), call.v.shape[1]](
+        *(call.q, call.k, call.v, call.g, call.beta, lengths_q, lengths_k, w, u, p, decays),
+        *(call.metadata.cu_seqlens, indices),
+        *(x.stride(0) for x in (call.q, call.k, call.v, call.g, call.beta)),
+        call.scale,
+        **shared(call),
+        NORMALISE=call.normalise,
+        EPS=NORM_EPS,
+        SOLVE=tl.float16,
+        **parts,
+        num_warps=4,
+    )
+
+
+def shared(call: Call) -> dict[str, int]:
+    """The sizes that each kernel is compiled for."""
+    heads, size, width = call.state_shape
+    return {"H": call.k.shape[1], "HV": heads, "K": size, "V": width, "CHUNK": CHUNK}
+
+
+def state_constants(call: Call) -> dict[str, Any]:
+    """How states lie in memory, and which there are."""
+    _, size, width = call.state_shape
+    return {
         "STATE_K": 1 if call.state_layout == "VK" else width,
         "STATE_V": size if call.state_layout == "VK" else 1,
         "INDEXED": call.state_indices is not None,
         "INITIAL": call.initial is not None,
         "FINAL": call.final is not None,
     }
-    carried = call.has_initial_state
-    if call.state_indices is not None and carried is None:
-        carried = torch.ones(sequences, dtype=torch.bool, device=call.q.device)
-    scan_kernel[width // COLUMNS, sequences * heads](
-        *(call.q, call.k, w, u, p, decays, *lengths, call.initial, call.final),
-        *(call.state_indices, carried),
-        *(call.out, starts, call.q.stride(0), call.k.stride(0), call.out.stride(0)),
-        *(0 if states is None else states.stride(0) for states in (call.initial, call.final)),
-        call.scale,
-        **shared,
-        COLUMNS=COLUMNS,
-        **constants,
-        num_warps=4,
-        # Loads run ahead of the loop; tiles of 256 columns leave no memory for that.
-        num_stages=3 if size <= 128 else 1,
-    )
+
+
+def carried(call: Call) -> tuple[Tensor | None, Tensor | None]:
+    """Each sequence's slot, and whether it begins with what that holds."""
+    known = call.has_initial_state
+    if call.state_indices is not None and known is None:
+        known = torch.ones(len(call.starts) - 1, dtype=torch.bool, device=call.q.device)
+    return call.state_indices, known
+
+
+def fresh(call: Call, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory of a call's own on its device."""
+    return torch.empty(shape, dtype=dtype, device=call.q.device)
 
 
 def register() -> None:
     """Offer the kernels on CUDA devices."""
     from ascend_patch.kernels import dispatch
+    from ascend_patch.kernels.gdn import chunk_fused
 
-    dispatch.register(OPERATOR, "cuda", dispatch.Implementation(NAME, run, supports, _PRIORITY))
+    for priority, name, form in ((_PRIORITY, NAME, run), (1, chunk_fused.NAME, chunk_fused.run)):
+        offer = dispatch.Implementation(name, form, supports, priority)
+        dispatch.register(OPERATOR, "cuda", offer)

@@ -19,7 +19,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _over_length(x, EPS: tl.constexpr):
+def over_length(x, EPS: tl.constexpr):
     """1 over the length of each row, float32."""
     x = x.to(tl.float32)
     return tl.rsqrt(tl.sum(x * x, 1) + EPS)
@@ -75,12 +75,21 @@ def prepare_kernel(
     NORMALISE: tl.constexpr,
     EPS: tl.constexpr,
     SOLVE: tl.constexpr,
+    totals=None,
+    left=None,
+    lasts=None,
+    tokens=0,
+    SCORES: tl.constexpr = True,
 ):
     """One chunk of one value head.
 
-    Of q, k [T, H, K], v [T, HV, V] and g, beta [T, HV] it makes w [T, HV, K], u [T, HV, V],
-    p [T, HV, CHUNK] = scale (q k^T) exp(G[i] - G[j]) and decays [T, HV] = G. With NORMALISE rows of
-    q and k count as divided by their lengths; lengths_q, lengths_k [T, H] are 1 over these.
+    Of q, k [T, H, K], v [T, HV, V] and g, beta [T, HV] it makes w [T, HV, K] and u [T, HV, V]. With
+    NORMALISE rows of q and k count as divided by their lengths.
+
+    With SCORES, for scan_kernel: p [T, HV, CHUNK] = scale (q k^T) exp(G[i] - G[j]), decays [T, HV]
+    = G, and lengths_q, lengths_k [T, H], 1 over the lengths. Without, for carry_kernel and
+    output_kernel: totals [HV, T] = G, left [HV, T] = exp(G_last - G), over k's length, and lasts
+    [C, HV] = exp(G_last).
     """
     chunk = tl.program_id(0)
     head = tl.program_id(1)
@@ -100,8 +109,8 @@ def prepare_kernel(
     )
     kind = rows_k.dtype
     if NORMALISE:
-        length_k = _over_length(rows_k, EPS)
-        if head % (HV // H) == 0:
+        length_k = over_length(rows_k, EPS)
+        if SCORES and head % (HV // H) == 0:
             tl.store(lengths_k + first * H + key_head + i * H, length_k, mask=valid)
 
     steps = tl.load(g + first * g_stride + head + i * g_stride, mask=valid, other=0.0).to(
@@ -112,7 +121,17 @@ def prepare_kernel(
     ).to(tl.float32)
     lower = i[:, None] >= i[None, :]
     total = tl.sum(tl.where(lower, steps[None, :], 0.0), 1)
-    tl.store(decays + first * HV + head + i * HV, total, mask=valid)
+    if SCORES:
+        tl.store(decays + first * HV + head + i * HV, total, mask=valid)
+    else:
+        last = tl.sum(steps, 0)
+        rest = tl.exp(last - total)
+        if NORMALISE:
+            rest *= length_k
+        row = head.to(tl.int64) * tokens + first
+        tl.store(totals + row + i, total, mask=valid)
+        tl.store(left + row + i, rest, mask=valid)
+        tl.store(lasts + chunk * HV + head, tl.exp(last))
     # Above the diagonal the exponent is positive and without bound.
     decay = tl.exp(tl.where(lower, total[:, None] - total[None, :], 0.0))
 
@@ -127,20 +146,21 @@ def prepare_kernel(
     w_at = w + first * (HV * K) + head * K + i[:, None] * (HV * K) + columns[None, :]
     tl.store(w_at, tl.dot(solve, scaled).to(kind), mask=valid[:, None])
 
-    rows_q = tl.load(
-        q + first * q_stride + key_head * K + i[:, None] * q_stride + columns[None, :],
-        mask=valid[:, None],
-        other=0.0,
-    )
-    out = tl.zeros([CHUNK], dtype=tl.float32) + scale
-    if NORMALISE:
-        length_q = _over_length(rows_q, EPS)
-        out *= length_q
-        if head % (HV // H) == 0:
-            tl.store(lengths_q + first * H + key_head + i * H, length_q, mask=valid)
-    scores = tl.dot(rows_q, tl.trans(rows_k)) * (out[:, None] * decay)
-    p_at = p + first * (HV * CHUNK) + head * CHUNK + i[:, None] * (HV * CHUNK) + i[None, :]
-    tl.store(p_at, tl.where(lower, scores, 0.0).to(kind), mask=valid[:, None])
+    if SCORES:
+        rows_q = tl.load(
+            q + first * q_stride + key_head * K + i[:, None] * q_stride + columns[None, :],
+            mask=valid[:, None],
+            other=0.0,
+        )
+        out = tl.zeros([CHUNK], dtype=tl.float32) + scale
+        if NORMALISE:
+            length_q = over_length(rows_q, EPS)
+            out *= length_q
+            if head % (HV // H) == 0:
+                tl.store(lengths_q + first * H + key_head + i * H, length_q, mask=valid)
+        scores = tl.dot(rows_q, tl.trans(rows_k)) * (out[:, None] * decay)
+        p_at = p + first * (HV * CHUNK) + head * CHUNK + i[:, None] * (HV * CHUNK) + i[None, :]
+        tl.store(p_at, tl.where(lower, scores, 0.0).to(kind), mask=valid[:, None])
 
     columns_v = tl.arange(0, V)
     values = tl.load(

@@ -13,7 +13,7 @@ import gdn_judge
 from gdn_oracle import Case
 
 from ascend_patch.kernels import dispatch, gdn
-from ascend_patch.kernels.gdn import chunk, chunk_triton
+from ascend_patch.kernels.gdn import chunk, chunk_fused, chunk_triton
 
 CASES = (
     Case((1, 63, 0, 64, 65, 130), dtype="float16"),
@@ -25,13 +25,21 @@ CASES = (
 )
 
 
-def run(**arguments: object) -> object:
-    with dispatch.only(chunk_triton.NAME):
-        return gdn.chunk_gated_delta_rule(**arguments)
+FORMS = {chunk_triton.NAME: chunk_triton.run, chunk_fused.NAME: chunk_fused.run}
+
+
+def judged(form: str, case: Case, seed: int) -> tuple[float, float]:
+    def run(**arguments: object) -> object:
+        with dispatch.only(form):
+            return gdn.chunk_gated_delta_rule(**arguments)
+
+    return gdn_judge.judge(case, seed, run=run)
 
 
 if __name__ == "__main__":
-    kernels = dispatch.Implementation(chunk_triton.NAME, chunk_triton.run, chunk_triton.supports, 1)
-    dispatch.register(chunk.OPERATOR, "cpu", kernels)
+    for form, kernels in FORMS.items():
+        offer = dispatch.Implementation(form, kernels, chunk_triton.supports, 1)
+        dispatch.register(chunk.OPERATOR, "cpu", offer)
     seed = int(sys.argv[1])
-    print(json.dumps({str(case): gdn_judge.judge(case, seed, run=run) for case in CASES}))
+    found = {f"{form} {case}": judged(form, case, seed) for form in FORMS for case in CASES}
+    print(json.dumps(found))

@@ -18,7 +18,9 @@ from gdn_oracle import Case
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from ascend_patch.kernels import dispatch  # noqa: E402
-from ascend_patch.kernels.gdn import chunk, chunk_triton  # noqa: E402
+from ascend_patch.kernels.gdn import chunk, chunk_fused, chunk_triton  # noqa: E402
+
+FORMS = (chunk_triton.NAME, chunk_fused.NAME)
 
 HERE = Path(__file__).resolve().parent
 RAGGED = (1, 63, 0, 64, 65, 127, 4097, 2)
@@ -36,7 +38,7 @@ def test_the_interpreted_kernels_are_the_recurrence(seed: int) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     print(found)
-    assert len(found) == 6
+    assert len(found) == 12
     wrong = {case: errors for case, errors in found.items() if max(errors) > LIMITS["float16"]}
     assert not wrong
 
@@ -47,7 +49,8 @@ def on_gpu() -> Iterator[None]:
         pytest.skip("no NVIDIA GPU: torch.cuda.is_available() is False")
     chunk_triton.register()
     yield
-    dispatch.unregister(chunk.OPERATOR, "cuda", chunk_triton.NAME)
+    for name in FORMS:
+        dispatch.unregister(chunk.OPERATOR, "cuda", name)
 
 
 CASES = [
@@ -62,11 +65,14 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_gpu_computes_the_recurrence(on_gpu: None, case: Case, dtype: str, seed: int) -> None:
+def test_a_gpu_computes_the_recurrence(
+    on_gpu: None, case: Case, dtype: str, form: str, seed: int
+) -> None:
     def run(**arguments):
-        with dispatch.only(chunk_triton.NAME):
+        with dispatch.only(form):
             from ascend_patch.kernels import gdn
 
             return gdn.chunk_gated_delta_rule(**arguments)
@@ -74,6 +80,13 @@ def test_a_gpu_computes_the_recurrence(on_gpu: None, case: Case, dtype: str, see
     errors = gdn_judge.judge(replace(case, dtype=dtype), seed, "cuda", run)
     print(errors)
     assert max(errors) < LIMITS[dtype]
+
+
+def test_a_state_is_parted_until_there_are_programs_enough() -> None:
+    assert chunk_triton.columns_of(128, 8 * 32 * 128) == 64
+    assert chunk_triton.columns_of(128, 1 * 32 * 128) == 32
+    assert chunk_triton.columns_of(128, 1 * 8 * 128) == 16
+    assert chunk_triton.columns_of(64, 10_000 * 64) == 64
 
 
 @pytest.mark.parametrize(
