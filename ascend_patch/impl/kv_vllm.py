@@ -1,0 +1,211 @@
+"""vLLM's Mooncake connector, 0.16 to 0.18: any prefill TP to any decode TP, failing closed."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from ascend_patch.impl import kv_handshake, kv_vllm_caches, kv_vllm_wire
+from ascend_patch.impl.kv_vllm_receive import Receiver
+from ascend_patch.impl.kv_vllm_send import Sender
+from ascend_patch.impl.kv_vllm_wire import log
+
+Wrapped = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+SENDER, RECEIVER, SETTINGS = (f"ascend_patch_{one}" for one in ("sender", "receiver", "settings"))
+RETRIES, TIMEOUT = "pull_retries", "pull_timeout_s"
+DEFAULT_RETRIES = 2
+READY_S = 120.0
+
+
+def worker_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
+    """MooncakeConnectorWorker.__init__: read our settings, and understand our field."""
+    settings = read_settings(*args, **kwargs)
+    wrapped(*args, **kwargs)
+    setattr(instance, SETTINGS, settings)
+    instance._xfer_meta_decoder = kv_vllm_wire.ask_decoder()
+
+
+def read_settings(vllm_config: Any, engine_id: str) -> tuple[int, float]:
+    """(retries, seconds) of kv_connector_extra_config.
+
+    Raises:
+        ValueError: One of them is no number that makes sense.
+    """
+    from vllm import envs
+
+    given = vllm_config.kv_transfer_config.kv_connector_extra_config
+    retries = given.get(RETRIES, DEFAULT_RETRIES)
+    timeout = given.get(TIMEOUT, envs.VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT)
+    if type(retries) is not int or retries < 0:
+        raise ValueError(f"{RETRIES} of {engine_id} is {retries!r}; give a number from 0")
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0:
+        raise ValueError(f"{TIMEOUT} of {engine_id} is {timeout!r}; give seconds above 0")
+    return retries, float(timeout)
+
+
+def register_kv_caches(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
+    """MooncakeConnectorWorker.register_kv_caches, for caches of any layout."""
+    _register(instance, *args, **kwargs)
+
+
+def _register(worker: Any, kv_caches: dict[str, Any]) -> None:
+    from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backend
+
+    backend = get_current_attn_backend(worker.vllm_config)
+    split = worker.kv_topo.split_k_and_v
+    caches = kv_vllm_caches.read(
+        kv_caches,
+        backend.get_kv_cache_shape,
+        block_size=worker.block_size,
+        mla=worker.use_mla,
+        split=split,
+    )
+    side = caches.side(
+        total_kv_heads=worker.model_config.get_total_num_kv_heads(),
+        tp=worker.tp_size,
+        mla=worker.use_mla,
+        block_size=worker.block_size,
+    )
+    addresses = [region.address for region in caches.regions]
+    lengths = [region.nbytes for region in caches.regions]
+    if worker.engine.batch_register_memory(addresses, lengths) != 0:
+        raise RuntimeError(
+            f"Mooncake's transfer engine cannot register {len(addresses)} regions of "
+            f"{lengths[0]} bytes of KV cache; its own lines above say why."
+        )
+    worker.kv_caches_base_addr = addresses
+    worker.num_blocks, worker.block_len = caches.num_blocks, caches.block_bytes
+    worker.device_kv_caches = kv_caches
+    model = str(worker.model_config.model)
+    retries, timeout = getattr(worker, SETTINGS)
+    log.info(
+        "kv connector: rank %d of TP %d, %d regions of %d blocks of %d tokens, %s%s, %s",
+        worker.tp_rank,
+        worker.tp_size,
+        len(addresses),
+        caches.num_blocks,
+        worker.block_size,
+        caches.layout,
+        " (K and V in one)" if caches.combined else "",
+        caches.dtype,
+    )
+    if not worker.is_kv_producer:
+        views = [region.view for region in caches.regions]
+        receiver = Receiver(worker, side, model, timeout=timeout, retries=retries, views=views)
+        setattr(worker, RECEIVER, receiver)
+    if not worker.is_kv_consumer:
+        _listen(worker, side, model)
+
+
+def _listen(worker: Any, side: Any, model: str) -> None:
+    """Start the side channel, and wait until it is there: the host would wait for ever."""
+    from vllm import envs
+    from vllm.distributed.kv_transfer.kv_connector.v1.mooncake import mooncake_connector
+
+    def new_request(transfer: str) -> Any:
+        return mooncake_connector.SendBlockMeta(
+            p_req_id="", transfer_id=transfer, local_block_ids=[], ready=asyncio.Event()
+        )
+
+    timeout = float(envs.VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT)
+    setattr(worker, SENDER, Sender(worker, side, model, timeout, new_request))
+    ready = threading.Event()
+    listening = asyncio.run_coroutine_threadsafe(
+        worker._mooncake_sender_listener(ready), worker.sender_loop
+    )
+    deadline = time.monotonic() + READY_S
+    while not ready.wait(0.2):
+        if listening.done():
+            raise RuntimeError(
+                f"The Mooncake connector's rank {worker.tp_rank} cannot register with the "
+                "bootstrap server; is VLLM_MOONCAKE_BOOTSTRAP_PORT another server's?"
+            ) from listening.exception()
+        if time.monotonic() > deadline:
+            raise RuntimeError(
+                f"The Mooncake connector's rank {worker.tp_rank} found no bootstrap server within "
+                f"{READY_S:.0f} s; it should run on the first rank of the prefill server."
+            )
+
+
+def send_kv_to_decode(
+    wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
+) -> Awaitable[None]:
+    """MooncakeConnectorWorker.send_kv_to_decode: ours for patched decode ranks."""
+    return _answer(wrapped, instance, *args, **kwargs)
+
+
+async def _answer(wrapped: Wrapped, worker: Any, identity: bytes, sock: Any, meta: Any) -> None:
+    if meta.ascend_patch is not None:
+        await getattr(worker, SENDER).handle(identity, sock, meta)
+    elif meta.remote_tp_size == worker.tp_size and meta.remote_hostname:
+        await wrapped(identity, sock, meta)
+    else:
+        # What the host makes an answer of, and the decode server logs.
+        ratio = f"prefill TP {worker.tp_size} -> decode TP {meta.remote_tp_size}"
+        raise ValueError(kv_handshake.both_sides(ratio, "decode"))
+
+
+def start_load_kv(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Awaitable[None]:
+    """MooncakeConnectorWorker._start_load_kv: all pulls are ours."""
+    pulls: Awaitable[None] = getattr(instance, RECEIVER).start(*args, **kwargs)
+    return pulls
+
+
+def record_send_reqs(
+    wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
+) -> Awaitable[None]:
+    """MooncakeConnectorWorker.record_send_reqs: also for requests that decode asked for first."""
+    return _record(instance, *args, **kwargs)
+
+
+async def _record(worker: Any, metadata: Any) -> None:
+    from vllm import envs
+
+    sender = getattr(worker, SENDER)
+    requests = worker.reqs_need_send
+    for request, (transfer, blocks) in metadata.reqs_to_send.items():
+        send = requests.get(transfer)
+        if send is None:
+            send = requests[transfer] = sender.new_request(transfer)
+        send.p_req_id = request
+        if blocks:
+            send.local_block_ids = blocks
+            send.expire_time = time.perf_counter() + envs.VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT
+            send.ready.set()
+            sender.settle(transfer)
+    for transfer in metadata.reqs_not_processed:
+        sender.abort(transfer, "the prefill server ended the request with nothing to send")
+        send = requests.pop(transfer, None)
+        if send is not None:
+            send.ready.set()
+
+
+def load_errors(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> set[int]:
+    """KVConnectorBase_V1.get_block_ids_with_load_errors, which Mooncake's class does not have."""
+    worker = getattr(instance, "connector_worker", None)
+    receiver = getattr(worker, RECEIVER, None)
+    found: set[int] = wrapped(*args, **kwargs)
+    return found if receiver is None else found | receiver.take_invalid()
+
+
+def bootstrap_start(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
+    """MooncakeBootstrapServer.start: a taken port is said; the host waits for ever."""
+    if not instance.server_thread:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((instance.host, instance.port))
+            except OSError as error:
+                raise RuntimeError(
+                    f"Port {instance.port} of {instance.host} is taken ({error.strerror}), and "
+                    "Mooncake's bootstrap server needs it; set VLLM_MOONCAKE_BOOTSTRAP_PORT to a "
+                    "free one."
+                ) from error
+    wrapped(*args, **kwargs)

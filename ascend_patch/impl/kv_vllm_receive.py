@@ -1,0 +1,157 @@
+"""What a decode rank keeps for all of its pulls: where prefill servers are, and what failed."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ascend_patch.impl import kv_handshake
+from ascend_patch.impl.kv_vllm_pull import REPEAT_S, Pull, PullError
+from ascend_patch.impl.kv_vllm_wire import ASK, Ask, log
+from ascend_patch.kernels.kv_layout import Merge, Plan, Side, merge_head_shards_
+
+QUERY_S = 10.0
+
+
+class Receiver:
+    """One decode rank's part of the transfers; `worker` is the host's MooncakeConnectorWorker.
+
+    Attributes:
+        timeout: Seconds that a pull may take, with all its attempts.
+        retries: Attempts after the first one.
+        repeat: Seconds after which what had no answer is said again.
+        views: The rank's regions as tensors; see `kv_vllm_caches.Region`.
+    """
+
+    def __init__(
+        self, worker: Any, side: Side, model: str, *, timeout: float, retries: int, views: Any
+    ) -> None:
+        self.worker, self.side = worker, side
+        self.timeout, self.retries, self.repeat = timeout, retries, min(REPEAT_S, timeout / 4)
+        self.said = kv_handshake.say(side, model)
+        self.views = views
+        self._agents: dict[str, dict[int, str]] = {}
+        self._asking = asyncio.Lock()
+        self._tasks: set[Any] = set()
+        # Read by the worker's own thread, written by its receiver loop.
+        self._lock = threading.Lock()
+        self._invalid: set[int] = set()
+
+    async def start(self, wanted: Mapping[str, Mapping[str, Any]]) -> None:
+        """Begin to pull requests: prefill engine -> request -> the host's PullReqMeta."""
+        for metas in wanted.values():
+            for meta in metas.values():
+                task = asyncio.ensure_future(Pull(self, meta).run())
+                # The loop keeps no strong reference to a task.
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    async def agents(self, meta: Any, *, fresh: bool) -> dict[int, str]:
+        """Tensor-parallel rank -> address of the prefill server that has a request.
+
+        Raises:
+            PullError: Its bootstrap server does not answer, or knows no such server.
+        """
+        engine, address = meta.remote_engine_id, meta.remote_bootstrap_addr
+        async with self._asking:
+            if fresh or engine not in self._agents:
+                self._agents.update(await self._query(address))
+        if engine not in self._agents:
+            raise PullError(
+                f"the bootstrap server at {address} knows no prefill server {engine}; it was "
+                "restarted, or the proxy names another one",
+                again=True,
+            )
+        return self._agents[engine]
+
+    async def _query(self, address: str) -> dict[str, dict[int, str]]:
+        import httpx
+
+        try:
+            async with httpx.AsyncClient(timeout=QUERY_S) as client:
+                response = await client.get(f"{address}/query")
+                response.raise_for_status()
+                return {
+                    entry["engine_id"]: {
+                        int(rank): stages["0"] for rank, stages in entry["worker_addr"].items()
+                    }
+                    for entry in response.json().values()
+                }
+        except Exception as error:
+            raise PullError(
+                f"the bootstrap server at {address} gives no answer "
+                f"({type(error).__name__}: {error})",
+                again=True,
+            ) from error
+
+    def side_of(self, tp: int) -> Side:
+        """What a prefill server of this TP size is, until it says so itself."""
+        return replace(self.side, tp=tp)
+
+    def ask(self, pull: Pull, rank: int, sends: bool, prefill_tp: int, attempt: int) -> Ask:
+        """The message that asks a prefill rank for a request, or tells it to free its blocks."""
+        worker, meta = self.worker, pull.meta
+        return Ask(
+            # Where TP sizes differ, an unpatched prefill server must refuse it.
+            remote_hostname=worker.hostname if prefill_tp == self.side.tp else "",
+            remote_port=worker.rpc_port,
+            remote_tp_size=worker.tp_size,
+            remote_tp_rank=worker.tp_rank,
+            req_blocks={pull.request: (pull.transfer, pull.blocks if sends else [])},
+            kv_caches_base_addr=worker.kv_caches_base_addr,
+            ascend_patch=self.said
+            | {
+                "kind": ASK,
+                "epoch": f"{uuid.uuid4().hex}-{attempt}",
+                "puller": worker.engine_id,
+                "hostname": worker.hostname,
+                "prefill_tp": prefill_tp,
+                "num_blocks": worker.num_blocks,
+                "tokens": getattr(meta, "ascend_patch_tokens", None),
+                "cached_blocks": getattr(meta, "ascend_patch_cached", None),
+            },
+        )
+
+    async def merge(self, plan: Plan, blocks: Sequence[int]) -> None:
+        """Make blocks of the shards that lie in them."""
+        merges = plan.merges(self.worker.tp_rank)
+        if merges:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(None, self._merge, merges, blocks)
+
+    def _merge(self, merges: tuple[Merge, ...], blocks: Sequence[int]) -> None:
+        import torch
+
+        for one in merges:
+            views = [self.views[number] for number in one.regions]
+            # This thread has a device of its own.
+            on_device = views[0].device.type != "cpu"
+            if on_device:
+                torch.accelerator.set_device_index(views[0].device.index)
+            parts_dim = 1 if self.side.combined else None
+            merge_head_shards_(views, blocks, one.shards, parts_dim=parts_dim)
+            if on_device:
+                torch.accelerator.synchronize()
+
+    def fail(self, pull: Pull, sentence: str) -> None:
+        """Report a request's blocks as not loaded."""
+        log.error("%s: failed: %s", pull.name, sentence)
+        with self._lock:
+            self._invalid.update(pull.blocks)
+
+    def finish(self, pull: Pull) -> None:
+        """Report that nobody writes to a request's blocks any more."""
+        log.debug("%s: finished", pull.name)
+        # Without blocks vLLM waits for nothing, and may have forgotten the request.
+        if pull.blocks:
+            self.worker.finished_recving_reqs.add(pull.request)
+
+    def take_invalid(self) -> set[int]:
+        """Blocks that were not loaded, each reported once."""
+        with self._lock:
+            found, self._invalid = self._invalid, set()
+        return found
