@@ -1,11 +1,19 @@
-"""Topologies to try: drawn at random, and what vLLM's own rules say of them."""
+"""Topologies to try: by a few numbers or at random, and what vLLM's own rules say of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
-from ascend_patch.kernels.kv_layout import HND, NHD, LayerGroup, Side, Topology
+from ascend_patch.kernels.kv_layout import (
+    HND,
+    NHD,
+    LayerGroup,
+    Plan,
+    Side,
+    Topology,
+    plan_transfers,
+)
 
 HEADS = (1, 2, 3, 4, 6, 8, 16)
 RANKS = range(1, 17)
@@ -101,3 +109,26 @@ def can_be_served(topology: Topology) -> bool:
 def compatible(kv_heads: int) -> list[int]:
     """Tensor parallel sizes that vLLM can load so many heads with."""
     return [tp for tp in RANKS if kv_heads % tp == 0 or tp % kv_heads == 0]
+
+
+def topology(prefill_tp: int, decode_tp: int, kv_heads: int, **both) -> Topology:
+    """Four layers, heads of 128 elements; ``both`` is of both sides."""
+    group = LayerGroup(4, kv_heads, (128, 128))
+    return Topology(*(Side((group,), tp, **both) for tp in (prefill_tp, decode_tp)))
+
+
+def changed(given: Topology, prefill=None, decode=None, **rest) -> Topology:
+    """With attributes of either side replaced."""
+    return replace(
+        given,
+        prefill=replace(given.prefill, **(prefill or {})),
+        decode=replace(given.decode, **(decode or {})),
+        **rest,
+    )
+
+
+def planned(given: Topology, direction: str = "pull", turn: int = 0) -> Plan:
+    """Its plan; a refusal fails."""
+    plan = plan_transfers(given, direction=direction, turn=turn)
+    assert isinstance(plan, Plan), plan
+    return plan
