@@ -93,6 +93,10 @@ NEEDS: dict[str, tuple[tuple[str, ...], Callable[[], bool]]] = {
     "venv": (("python3-venv",), _has_venv),
     "tcmalloc": (("libtcmalloc-minimal4",), lambda: bool(find_library("libtcmalloc_minimal.so.4"))),
     "numa": (("libnuma1",), lambda: bool(find_library("libnuma.so.1"))),
+    "rdma": (
+        ("libibverbs1", "librdmacm1"),
+        lambda: all(find_library(f"{name}.so.1") for name in ("libibverbs", "librdmacm")),
+    ),
     # torch.compile on a CPU runs a C++ compiler when the model is first called.
     "compiler": (("g++", "python3-dev"), _has_compiler),
 }

@@ -24,6 +24,7 @@ class Receiver:
         timeout: Seconds that a pull may take, with all its attempts.
         retries: Attempts after the first one.
         repeat: Seconds after which what had no answer is said again.
+        patched: Prefill servers that were seen to have ascend_patch.
         views: The rank's regions as tensors; see `kv_vllm_caches.Region`.
     """
 
@@ -34,6 +35,7 @@ class Receiver:
         self.timeout, self.retries, self.repeat = timeout, retries, min(REPEAT_S, timeout / 4)
         self.said = kv_handshake.say(side, model)
         self.views = views
+        self.patched: set[str] = set()
         self._agents: dict[str, dict[int, str]] = {}
         self._asking = asyncio.Lock()
         self._tasks: set[Any] = set()
@@ -96,8 +98,13 @@ class Receiver:
         """The message that asks a prefill rank for a request, or tells it to free its blocks."""
         worker, meta = self.worker, pull.meta
         return Ask(
-            # Where TP sizes differ, an unpatched prefill server must refuse it.
-            remote_hostname=worker.hostname if prefill_tp == self.side.tp else "",
+            # Where TP sizes differ an unpatched prefill server must refuse it; one that is known to
+            # be patched may be asked twice, because nobody else would understand.
+            remote_hostname=(
+                worker.hostname
+                if prefill_tp == self.side.tp and meta.remote_engine_id not in self.patched
+                else ""
+            ),
             remote_port=worker.rpc_port,
             remote_tp_size=worker.tp_size,
             remote_tp_rank=worker.tp_rank,
