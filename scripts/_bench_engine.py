@@ -1,9 +1,11 @@
 """vLLM's own engine with and without the patches, side by side: scripts/bench engine.
 
 Each run is a process of its own, so that off means off; runs with and without take turns. First
-their answers are compared: the greedy tokens of random prompts in float32, beside a control whose
-sines are negated, which must answer something else. Only then throughput is looked at, in
-bfloat16. The model is Qwen3's architecture at random weights, made here: nothing is downloaded.
+their answers are compared: the greedy tokens of random prompts in float32, beside a control, spoilt
+as a patch's fault would spoil it, that must answer something else. Only then throughput is looked
+at, in bfloat16, and how often the host waits for the device or reads from it while prompts are
+prefilled. The model is Qwen3's architecture, or with --model gdn that of dense Qwen3.5 (three of
+four layers are gated delta nets), at random weights, made here: nothing is downloaded.
 
 What it runs on is the vLLM that the interpreter finds (or --site names): a CUDA build, or its
 Python sources over Triton where there is no compiled part, which is what an Ascend machine has.
@@ -18,25 +20,22 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from _engine_model import VOCABULARY, write_model
+from _engine_model import MODELS, produced
 
 ROOT = Path(__file__).resolve().parents[1]
+CHILD = Path(__file__).with_name("_engine_child.py")
 
-ROUNDS = 5
-# name: prompts, tokens of each, new tokens of each
-WORKLOADS = {"prefill": (32, 1000, 1), "decode": (32, 64, 128)}
 COLUMNS = ("mode", "dtype", "patches", "round", "what", "equal_tokens", "tokens_s")
-COLUMNS += ("seconds_p50", "seconds_max")
-CONTROL = "sine negated"
+COLUMNS += ("seconds_p50", "seconds_max", "waits", "reads")
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench engine", description=__doc__)
     parser.add_argument("--site", default="", help="folders of vLLM and what it needs")
+    parser.add_argument("--model", default="qwen3", choices=sorted(MODELS))
     parser.add_argument("--patches", default="all", help="what ASCEND_PATCHES is set to")
     parser.add_argument("--modes", nargs="*", default=["eager", "compiled"])
     parser.add_argument("--rounds", type=int, default=2, help="runs of each kind, in turns")
@@ -44,25 +43,25 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--deadline", type=float, default=240, help="seconds for one run")
-    parser.add_argument("--out", type=Path, help="folder for engine.csv")
+    parser.add_argument("--out", type=Path, help="folder for engine.csv or engine_gdn.csv")
     parser.add_argument("--commit", default="", help="what to record where git is not there")
-    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    if arguments.child:
-        return child(json.loads(arguments.child))
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder), hidden=arguments.hidden, layers=arguments.layers)
+        write = MODELS[arguments.model].write
+        write(Path(folder), hidden=arguments.hidden, layers=arguments.layers)
         return compare(arguments, folder)
 
 
 def compare(arguments: argparse.Namespace, folder: str) -> int:
     rows: list[dict[str, Any]] = []
     wrong: list[str] = []
+    model = MODELS[arguments.model]
 
     def one(mode: str, dtype: str, patches: str, control: bool = False) -> dict[str, Any] | None:
         what = f"{mode} {dtype} {'patches ' + patches if patches else 'unpatched'}"
-        what += f", {CONTROL}" if control else ""
-        order = {"model": folder, "mode": mode, "dtype": dtype, "control": control}
+        what += f", {model.control}" if control else ""
+        order = {"model": folder, "kind": arguments.model, "mode": mode, "dtype": dtype}
+        order["control"] = control
         found = start({**order, "device": arguments.device}, patches, arguments)
         if isinstance(found, str):
             wrong.append(f"{what}: {found}")
@@ -79,7 +78,7 @@ def compare(arguments: argparse.Namespace, folder: str) -> int:
         same, apart = agreement(plain, ours)
         control_same, control_apart = agreement(plain, control)
         print(f"  greedy tokens equal: {same:.1%}, log-probabilities apart {apart:.2e}")
-        print(f"  {CONTROL}: {control_same:.1%}, apart {control_apart:.2e}", flush=True)
+        print(f"  {model.control}: {control_same:.1%}, apart {control_apart:.2e}", flush=True)
         if same < 1:
             wrong.append(f"{mode}: {1 - same:.1%} of the greedy tokens differ")
         if control_same > 0.9:
@@ -101,6 +100,7 @@ def compare(arguments: argparse.Namespace, folder: str) -> int:
                             "tokens_s": round(produced(name) / statistics.median(seconds), 1),
                             "seconds_p50": round(statistics.median(seconds), 4),
                             "seconds_max": round(max(seconds), 4),
+                            **(found["stalls"] if name == "prefill" else {}),
                         }
                     )
     if arguments.out and rows:
@@ -108,15 +108,10 @@ def compare(arguments: argparse.Namespace, folder: str) -> int:
 
         facts = machine(arguments.commit) if arguments.device == "cuda" else {}
         arguments.out.mkdir(parents=True, exist_ok=True)
-        write_csv(arguments.out / "engine.csv", rows, facts, COLUMNS)
+        write_csv(arguments.out / model.file, rows, facts, COLUMNS)
     for sentence in wrong:
         print(f"scripts/bench engine: {sentence}")
     return 1 if wrong else 0
-
-
-def produced(name: str) -> int:
-    prompts, length, new = WORKLOADS[name]
-    return prompts * (new if new > 1 else length)
 
 
 def agreement(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
@@ -151,7 +146,7 @@ def start(order: dict[str, Any], patches: str, arguments: argparse.Namespace) ->
         if patches:
             asked = {"": patches, "_STRICT": "1", "_SELFTEST": "1"}
             environment |= {f"ASCEND_PATCHES{name}": value for name, value in asked.items()}
-        command = [sys.executable, __file__, "--child", json.dumps({**order, "out": str(result)})]
+        command = [sys.executable, str(CHILD), json.dumps({**order, "out": str(result)})]
         log = Path(folder) / "log"
         with log.open("w") as file:
             try:
@@ -169,90 +164,6 @@ def start(order: dict[str, Any], patches: str, arguments: argparse.Namespace) ->
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
             return f"ended with {done}:\n{tail}"
         return json.loads(result.read_text())
-
-
-def child(order: dict[str, Any]) -> int:
-    import torch
-    from vllm import LLM, SamplingParams
-
-    began = time.perf_counter()
-    settings: dict[str, Any] = {"compilation_config": {"custom_ops": ["none"]}}
-    if order["mode"] == "eager":
-        settings = {
-            "enforce_eager": True,
-            "compilation_config": {"mode": 0, "custom_ops": ["none"]},
-        }
-    if order["device"] == "cuda":
-        import triton
-
-        triton.set_allocator(
-            lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda")
-        )
-        settings |= {"attention_config": {"backend": "TRITON_ATTN"}, "gpu_memory_utilization": 0.4}
-    llm = LLM(
-        order["model"],
-        dtype=order["dtype"],
-        skip_tokenizer_init=True,
-        max_model_len=2048,
-        enable_prefix_caching=False,
-        **settings,
-    )
-    if order["control"]:
-        llm.apply_model(negate_sines)
-    ready = time.perf_counter() - began
-    answers = generate(llm, SamplingParams, 8, 48, 32, logprobs=5)
-    seconds: dict[str, list[float]] = {}
-    if order["dtype"] == "bfloat16":
-        for name, workload in WORKLOADS.items():
-            generate(llm, SamplingParams, *workload)
-            for _ in range(ROUNDS):
-                begin = time.perf_counter()
-                generate(llm, SamplingParams, *workload)
-                seconds.setdefault(name, []).append(time.perf_counter() - begin)
-    shim = state()
-    names = [n for n in shim.counters.names if n.startswith("kernel/")] if shim else []
-    kernels = {name: shim.counters.value(name) for name in names}
-    tested = [f"{patch}: {found}" for patch, found in (shim.self_tests if shim else {}).items()]
-    rates = [f"{n} {produced(n) / statistics.median(s):.0f} tokens/s" for n, s in seconds.items()]
-    told = [f"ready in {ready:.0f} s", *rates, f"calls {kernels}", *tested]
-    first = [answer.outputs[0].logprobs[0] for answer in answers]
-    Path(order["out"]).write_text(
-        json.dumps(
-            {
-                "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
-                "first": [{str(t): p.logprob for t, p in top.items()} for top in first],
-                "seconds": seconds,
-                "kernels": kernels,
-                "summary": "; ".join(told),
-            }
-        )
-    )
-    return 0
-
-
-def generate(
-    llm: Any, params: Any, prompts: int, length: int, new: int, logprobs: int | None = None
-) -> Any:
-    import random
-
-    chosen = random.Random(length)
-    rows = [[chosen.randrange(VOCABULARY) for _ in range(length)] for _ in range(prompts)]
-    greedy = params(
-        temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, logprobs=logprobs
-    )
-    return llm.generate([{"prompt_token_ids": row} for row in rows], greedy, use_tqdm=False)
-
-
-def negate_sines(model: Any) -> None:
-    for name, cache in model.named_buffers():
-        if name.endswith("cos_sin_cache"):
-            cache[:, cache.shape[-1] // 2 :].neg_()
-
-
-def state() -> Any:
-    """What the shim has recorded of this process; None where nothing is patched."""
-    runtime = sys.modules.get("ascend_patch._runtime")
-    return runtime.current().state if runtime else None
 
 
 if __name__ == "__main__":
