@@ -1,4 +1,4 @@
-"""From plans to addresses: which blocks belong together, which ranges are joined, what is refused."""
+"""From plans to addresses: which blocks belong together, and which ranges are joined."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ np = pytest.importorskip("numpy", reason="numpy is not installed")
 from kv_topologies import changed, planned, topology  # noqa: E402
 
 from ascend_patch.kernels import kv_layout  # noqa: E402
-from ascend_patch.kernels.kv_layout import HND, LayerGroup, Side, Topology  # noqa: E402
+from ascend_patch.kernels.kv_layout import HND, LayerGroup, Plan, Side, Topology  # noqa: E402
 
 
 def test_descriptors_of_a_block():
