@@ -6,10 +6,20 @@ earlier chunks and blocks, and a lost state shows.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 from _tiny_draw import Draw
-from _tiny_parts import ATTENTION_GAIN, HEADS, HIDDEN, KV_HEADS, VALUE_GAIN, Kind, State
+from _tiny_parts import (
+    ATTENTION_GAIN,
+    HEADS,
+    HIDDEN,
+    INTERMEDIATE,
+    KV_HEADS,
+    VALUE_GAIN,
+    Kind,
+    State,
+    common,
+)
 
 LAYER_TYPES = ("linear_attention", "linear_attention", "linear_attention", "full_attention")
 GDN_HEAD_DIM, PARTIAL = 128, 0.25
@@ -20,20 +30,22 @@ DECAYS = (0.004, 0.03, 0.2, 1.5)
 GATE_GAIN = 2.0
 
 
-def qwen3_next_kind() -> Kind:
-    """Return Qwen3-Next: three GDN layers and one of attention, each with experts behind it."""
+def qwen3_next_kind(*, key_dim: int = KEY_DIM, dense: bool = False) -> Kind:
+    """Return Qwen3-Next: three GDN layers and one of attention, each with experts behind it.
+
+    Args:
+        key_dim: K; other than V where it can be, so that a transposed state shows.
+        dense: One MLP in place of the experts.
+    """
 
     def config(_vocab: dict[str, int]) -> State:
         return {
             "architectures": ["Qwen3NextForCausalLM"],
             "model_type": "qwen3_next",
-            "head_dim": GDN_HEAD_DIM,
+            **hybrid(key_dim),
             "partial_rotary_factor": PARTIAL,
-            "layer_types": list(LAYER_TYPES),
-            "full_attention_interval": len(LAYER_TYPES),
-            **linear_sizes(),
             "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
+            "mlp_only_layers": list(range(len(LAYER_TYPES))) if dense else [],
             "moe_intermediate_size": EXPERT_INTERMEDIATE,
             "shared_expert_intermediate_size": EXPERT_INTERMEDIATE,
             "num_experts": EXPERTS,
@@ -43,32 +55,104 @@ def qwen3_next_kind() -> Kind:
         }
 
     def weights(draw: Draw, layer: str) -> State:
-        index = int(layer.split(".")[-2])
-        full = LAYER_TYPES[index] == "full_attention"
         return {
-            **(gated_attention(draw, layer) if full else gated_delta_net(draw, layer)),
-            **experts(draw, layer),
+            **(
+                gated_attention(draw, layer)
+                if is_attention(layer)
+                else gated_delta_net(draw, layer, key_dim)
+            ),
+            **(gated_mlp(draw, layer + "mlp.", INTERMEDIATE) if dense else experts(draw, layer)),
             **offset_norms(draw, layer),
         }
 
-    return Kind(config, weights, more=final_norm, layers=len(LAYER_TYPES))
+    return Kind(config, weights, more=final_norm("model."), layers=len(LAYER_TYPES))
 
 
-def linear_sizes() -> State:
-    """Return what a configuration says about GDN layers."""
+def qwen3_5_kind() -> Kind:
+    """Return Qwen3.5 without its vision tower: qwen3_next_kind(dense=True) in another layout."""
+    model = "model.language_model."
+
+    def config(vocab: dict[str, int]) -> State:
+        text = {
+            **common(vocab, "auto"),
+            "model_type": "qwen3_5_text",
+            "num_hidden_layers": len(LAYER_TYPES),
+            **hybrid(KEY_DIM),
+            "attn_output_gate": True,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": PARTIAL,
+                "mrope_section": [6, 5, 5],
+                "mrope_interleaved": True,
+            },
+        }
+        for name in ("torch_dtype", "rope_scaling", "rope_theta"):
+            del text[name]
+        # Of pictures nothing is served; vLLM wants to know all the same.
+        token = vocab["<|endoftext|>"]
+        names = ("image", "video", "vision_start", "vision_end")
+        return {
+            "architectures": ["Qwen3_5ForConditionalGeneration"],
+            "model_type": "qwen3_5",
+            **{f"{name}_token_id": token for name in names},
+            "text_config": text,
+            "vision_config": {
+                "model_type": "qwen3_5",
+                "depth": 1,
+                "hidden_size": 64,
+                "intermediate_size": 64,
+                "num_heads": 1,
+                "out_hidden_size": HIDDEN,
+                "deepstack_visual_indexes": [],
+            },
+        }
+
+    def weights(draw: Draw, layer: str) -> State:
+        found = qwen3_next_kind(dense=True).weights(draw, layer)
+        return found if is_attention(layer) else by_kind(draw, found, layer + "linear_attn.")
+
+    return Kind(config, weights, more=final_norm(model), layers=len(LAYER_TYPES), prefix=model)
+
+
+def by_kind(draw: Draw, state: State, gdn: str) -> State:
+    """Return a GDN layer with its projections apart: Qwen3-Next's lie by key head in one."""
+    group = VALUE_HEADS // KEY_HEADS
+    sizes = [KEY_DIM, KEY_DIM, group * VALUE_DIM, group * VALUE_DIM]
+    mixed = state.pop(gdn + "in_proj_qkvz.weight").unflatten(0, (KEY_HEADS, -1))
+    *qkv, z = (part.flatten(0, 1) for part in mixed.split(sizes, 1))
+    b, a = state.pop(gdn + "in_proj_ba.weight").unflatten(0, (KEY_HEADS, -1)).split(group, 1)
+    return state | {
+        gdn + "in_proj_qkv.weight": draw.torch.cat(qkv),
+        gdn + "in_proj_z.weight": z,
+        gdn + "in_proj_b.weight": b.flatten(0, 1),
+        gdn + "in_proj_a.weight": a.flatten(0, 1),
+    }
+
+
+def is_attention(layer: str) -> bool:
+    """Whether a layer, by the prefix of its weights, is one of attention."""
+    return LAYER_TYPES[int(layer.split(".")[-2])] == "full_attention"
+
+
+def hybrid(key_dim: int) -> State:
+    """Return what a configuration says about its layers."""
     return {
+        "head_dim": GDN_HEAD_DIM,
+        "layer_types": list(LAYER_TYPES),
+        "full_attention_interval": len(LAYER_TYPES),
         "linear_conv_kernel_dim": KERNEL,
-        "linear_key_head_dim": KEY_DIM,
+        "linear_key_head_dim": key_dim,
         "linear_value_head_dim": VALUE_DIM,
         "linear_num_key_heads": KEY_HEADS,
         "linear_num_value_heads": VALUE_HEADS,
     }
 
 
-def gated_delta_net(draw: Draw, layer: str) -> State:
+def gated_delta_net(draw: Draw, layer: str, key_dim: int) -> State:
     """Return one GDN layer: projections by key head, q k v z and b a within each."""
     gdn = layer + "linear_attn."
-    keys, values = KEY_HEADS * KEY_DIM, VALUE_HEADS * VALUE_DIM
+    keys, values = KEY_HEADS * key_dim, VALUE_HEADS * VALUE_DIM
     return {
         gdn + "in_proj_qkvz.weight": draw.linear(2 * keys + 2 * values, HIDDEN, gain=VALUE_GAIN),
         gdn + "in_proj_ba.weight": draw.linear(2 * VALUE_HEADS, HIDDEN, gain=GATE_GAIN),
@@ -107,7 +191,7 @@ def experts(draw: Draw, layer: str) -> State:
     return state
 
 
-def gated_mlp(draw: Draw, prefix: str, wide: int) -> dict[str, Any]:
+def gated_mlp(draw: Draw, prefix: str, wide: int) -> State:
     return {
         prefix + "gate_proj.weight": draw.linear(wide, HIDDEN),
         prefix + "up_proj.weight": draw.linear(wide, HIDDEN),
@@ -121,5 +205,6 @@ def offset_norms(draw: Draw, layer: str) -> State:
     return {f"{layer}{name}.weight": draw.full(HIDDEN, 0.0) for name in names}
 
 
-def final_norm(draw: Draw) -> State:
-    return {"model.norm.weight": draw.full(HIDDEN, 0.0)}
+def final_norm(prefix: str) -> Callable[[Draw], State]:
+    """Return what draws the text model's last norm, whose weights are added to 1 as well."""
+    return lambda draw: {f"{prefix}norm.weight": draw.full(HIDDEN, 0.0)}

@@ -11,8 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
-from _tiny_parts import MAX_POSITIONS, Kind
-from _tiny_weights import KINDS, MERGE, PATCH, TEMPORAL, common, draw_state
+from _tiny_parts import MAX_POSITIONS, Kind, common
+from _tiny_weights import KINDS, MERGE, PATCH, TEMPORAL, draw_state
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 IMAGE_SPECIAL = (

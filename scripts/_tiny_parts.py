@@ -30,6 +30,7 @@ class Kind:
         more: Draws what the model has besides embeddings, decoder layers and head.
         images: Takes images: the tokenizer has their special tokens.
         layers: Decoder layers.
+        prefix: Of the text model's weights.
     """
 
     config: Callable[[dict[str, int]], State]
@@ -37,6 +38,32 @@ class Kind:
     more: Callable[[Draw], State] = lambda draw: {}
     images: bool = False
     layers: int = LAYERS
+    prefix: str = "model."
+
+
+def common(vocab: dict[str, int], dtype: str) -> State:
+    """Return what every config.json says."""
+    return {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": vocab["<|endoftext|>"],
+        "eos_token_id": vocab["<|im_end|>"],
+        "hidden_act": "silu",
+        "hidden_size": HIDDEN,
+        "initializer_range": 0.02,
+        "intermediate_size": INTERMEDIATE,
+        "max_position_embeddings": MAX_POSITIONS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        # Not 1e6: with prompts of tens of tokens most of the pairs should turn visibly.
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        "vocab_size": len(vocab),
+    }
 
 
 def attention(draw: Draw, layer: str, head_dim: int, gain: float = 1.0) -> State:

@@ -15,14 +15,13 @@ shows. The scales here are chosen against that:
 from __future__ import annotations
 
 from _tiny_draw import Draw
-from _tiny_gdn import qwen3_next_kind
+from _tiny_gdn import qwen3_5_kind, qwen3_next_kind
 from _tiny_parts import (
     ATTENTION_GAIN,
     EMBED_STD,
     HEAD_DIM,
     HEADS,
     HIDDEN,
-    INTERMEDIATE,
     KV_HEADS,
     LAYERS,
     LOGIT_STD,
@@ -49,31 +48,6 @@ VISION_HIDDEN, VISION_INTERMEDIATE, VISION_DEPTH, VISION_HEADS = 128, 256, 2, 2
 IMAGE_STD = 1.0
 
 
-def common(vocab: dict[str, int], dtype: str) -> State:
-    """Return what every config.json says."""
-    return {
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": vocab["<|endoftext|>"],
-        "eos_token_id": vocab["<|im_end|>"],
-        "hidden_act": "silu",
-        "hidden_size": HIDDEN,
-        "initializer_range": 0.02,
-        "intermediate_size": INTERMEDIATE,
-        "max_position_embeddings": MAX_POSITIONS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "rms_norm_eps": 1e-6,
-        "rope_scaling": None,
-        # Not 1e6: with prompts of tens of tokens most of the pairs should turn visibly.
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": dtype,
-        "use_cache": True,
-        "vocab_size": len(vocab),
-    }
-
-
 def draw_state(kind: Kind, vocab_size: int, silent: list[int], seed: int) -> State:
     """Return a model's state dictionary in float32."""
     draw = Draw(seed)
@@ -81,12 +55,12 @@ def draw_state(kind: Kind, vocab_size: int, silent: list[int], seed: int) -> Sta
     head = draw.linear(vocab_size, HIDDEN, gain=LOGIT_STD)
     head[silent] = 0
     state = {
-        "model.embed_tokens.weight": embed,
-        "model.norm.weight": draw.full(HIDDEN),
+        f"{kind.prefix}embed_tokens.weight": embed,
+        f"{kind.prefix}norm.weight": draw.full(HIDDEN),
         "lm_head.weight": head,
     }
     for i in range(kind.layers):
-        state |= kind.weights(draw, f"model.layers.{i}.")
+        state |= kind.weights(draw, f"{kind.prefix}layers.{i}.")
     return state | kind.more(draw)
 
 
@@ -246,4 +220,9 @@ KINDS: dict[str, Kind] = {
     "qwen2.5-vl": qwen25vl_kind(),
     "llama-window": windowed_kind(),
     "qwen3-next": qwen3_next_kind(),
+    # The only sizes that vLLM 0.32's own CPU kernels take.
+    "qwen3-next-square": qwen3_next_kind(key_dim=128),
+    "qwen3-next-dense": qwen3_next_kind(dense=True),
+    # The model before, as Qwen3.5 writes it.
+    "qwen3.5": qwen3_5_kind(),
 }
