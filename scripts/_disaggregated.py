@@ -151,7 +151,7 @@ class Pair:
 
 
 def prefill_payload(payload: Mapping[str, Any], transfer: str) -> dict[str, Any]:
-    """What the prefill server is asked where a client asks for `payload`: one token, its KV kept."""
+    """What prefill is asked where a client asks for `payload`: one token, and to keep its KV."""
     asked = {**payload, "max_tokens": 1, "stream": False}
     asked.pop("stream_options", None)
     if "max_completion_tokens" in asked:

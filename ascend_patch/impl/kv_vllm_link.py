@@ -56,8 +56,17 @@ class Link:
         Raises:
             LostError: The connection was refused, or ended.
         """
+        frames = await self.receive(seconds)
+        return None if frames is None else kv_vllm_wire.decode_answer(frames[-1])
+
+    async def receive(self, seconds: float) -> list[bytes] | None:
+        """The same, as it came.
+
+        Raises:
+            LostError: The connection was refused, or ended.
+        """
         if self._next is None:
-            self._next = asyncio.ensure_future(self.socket.recv())
+            self._next = asyncio.ensure_future(self.socket.recv_multipart())
         gone = asyncio.ensure_future(self.lost.wait())
         try:
             await asyncio.wait(
@@ -67,8 +76,8 @@ class Link:
             gone.cancel()
         if self._next.done():
             received, self._next = self._next, None
-            found: kv_vllm_wire.Answer = kv_vllm_wire.decode_answer(received.result())
-            return found
+            frames: list[bytes] = received.result()
+            return frames
         if self.lost.is_set():
             raise LostError(f"the connection to {self.address} was refused or ended")
         return None

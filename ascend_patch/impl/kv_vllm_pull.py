@@ -16,7 +16,7 @@ from ascend_patch.impl.kv_vllm_link import Link, LostError
 from ascend_patch.impl.kv_vllm_wire import ACCEPTED, CANCEL, DONE, FAILED, GO, READY, Ask, log
 from ascend_patch.kernels.kv_layout import Plan, Refusal
 
-REPEAT_S = 5.0
+REPEAT_S = 2.0
 # After a peer is gone: what it had written to a socket may still be read from it.
 SETTLE_S = 2.0
 BACKOFF_S = 0.5

@@ -32,7 +32,7 @@ class Receiver:
         self, worker: Any, side: Side, model: str, *, timeout: float, retries: int, views: Any
     ) -> None:
         self.worker, self.side = worker, side
-        self.timeout, self.retries, self.repeat = timeout, retries, min(REPEAT_S, timeout / 4)
+        self.timeout, self.retries, self.repeat = timeout, retries, min(REPEAT_S, timeout / 10)
         self.said = kv_handshake.say(side, model)
         self.views = views
         self.patched: set[str] = set()

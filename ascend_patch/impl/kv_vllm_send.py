@@ -11,10 +11,10 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from ascend_patch.impl import kv_handshake, kv_vllm_plan, kv_vllm_wire
+from ascend_patch.impl.kv_vllm_requests import Job, PushError, Record
 from ascend_patch.impl.kv_vllm_wire import ACCEPTED, CANCEL, DONE, FAILED, GO, READY, Answer, log
 from ascend_patch.kernels.kv_layout import Plan, Refusal, Side, Topology
 
@@ -22,59 +22,6 @@ from ascend_patch.kernels.kv_layout import Plan, Refusal, Side, Topology
 # gets a true answer.
 REMEMBERED = 8192
 POLL_S = 1.0
-
-
-class PushError(Exception):
-    """A request that is not pushed; `again` if asking again may help."""
-
-    def __init__(self, sentence: str, *, again: bool = False) -> None:
-        super().__init__(sentence)
-        self.again = again
-
-
-@dataclass
-class Job:
-    """One attempt of a decode rank."""
-
-    epoch: str
-    identity: bytes
-    socket: Any
-    ask: Any
-    state: str = ""
-    told: Any = None
-    go: asyncio.Event = field(default_factory=asyncio.Event)
-    task: Any = None
-    cancelled: bool = False
-
-    @property
-    def writing(self) -> bool:
-        """Whether bytes may be on their way."""
-        return self.state == READY and self.go.is_set()
-
-    def stop(self) -> None:
-        """Give it up, unless it writes: then its end is waited for."""
-        self.cancelled = True
-        if self.task is not None and not self.writing:
-            self.task.cancel()
-
-
-@dataclass
-class Record:
-    """What became of a request.
-
-    Attributes:
-        puller: The decode engine that it belongs to.
-        expected: The decode ranks that are heard of before its blocks are freed.
-        served: Those that were: rank -> whether they were pushed to (or gave up).
-        gone: Why its blocks are no longer there; empty while they are.
-        jobs: The newest attempt of each decode rank.
-    """
-
-    puller: str = ""
-    expected: tuple[int, ...] = ()
-    served: dict[int, bool] = field(default_factory=dict)
-    gone: str = ""
-    jobs: dict[int, Job] = field(default_factory=dict)
 
 
 class Sender:

@@ -16,6 +16,21 @@ def _worker(name: str, replacement: str, *context: str) -> Target:
     return Target(f"{WORKER}.{name}", "host", f"{OURS}:{replacement}", context=context)
 
 
+def _load_errors(get_finished: str) -> Target:
+    return Target(
+        f"{BASE}:KVConnectorBase_V1.get_block_ids_with_load_errors",
+        "host",
+        f"{OURS}:load_errors",
+        context=(
+            get_finished,
+            "vllm.v1.worker.kv_connector_model_runner_mixin:"
+            "KVConnectorModelRunnerMixin._get_kv_connector_output",
+            "vllm.v1.core.sched.scheduler:Scheduler._update_from_kv_xfer_finished",
+            "vllm.v1.core.sched.scheduler:Scheduler._handle_invalid_blocks",
+        ),
+    )
+
+
 # 0.16 to 0.18: each is replaced or wrapped for both roles.
 PUSHES = (
     _worker(
@@ -58,18 +73,7 @@ PUSHES = (
         context=(f"{SCHEDULER}.get_num_new_matched_tokens", f"{SCHEDULER}.request_finished"),
     ),
     Target(f"{SCHEDULER}.build_connector_meta", "host", f"{OURS}_scheduler:build_connector_meta"),
-    Target(
-        f"{BASE}:KVConnectorBase_V1.get_block_ids_with_load_errors",
-        "host",
-        f"{OURS}:load_errors",
-        context=(
-            f"{MOONCAKE}:MooncakeConnector.get_finished",
-            "vllm.v1.worker.kv_connector_model_runner_mixin:"
-            "KVConnectorModelRunnerMixin._get_kv_connector_output",
-            "vllm.v1.core.sched.scheduler:Scheduler._update_from_kv_xfer_finished",
-            "vllm.v1.core.sched.scheduler:Scheduler._handle_invalid_blocks",
-        ),
-    ),
+    _load_errors(f"{MOONCAKE}:MooncakeConnector.get_finished"),
     Target(
         f"{BOOTSTRAP}:MooncakeBootstrapServer.start",
         "host",
@@ -78,6 +82,68 @@ PUSHES = (
     ),
 )
 
-BANDS = (Band("vllm", ">=0.16,<0.19", ("0.16.0", "0.17.0", "0.18.0"), PUSHES),)
+# 0.13 to 0.15: equal sizes alone, and a failure is said.
+EARLY = f"{CONNECTOR}.v1.mooncake_connector"
+EARLY_WORKER = f"{EARLY}:MooncakeConnectorWorker"
+EARLY_SCHEDULER = f"{EARLY}:MooncakeConnectorScheduler"
 
-UNTOUCHED: tuple[str, ...] = ()
+
+def _early(symbol: str, *context: str) -> Target:
+    return Target(symbol, "host", f"{OURS}_early:{symbol.rpartition('.')[2]}", context=context)
+
+
+REFUSES = (
+    _early(f"{EARLY_SCHEDULER}.request_finished"),
+    _early(f"{EARLY_SCHEDULER}.build_connector_meta", f"{EARLY}:MooncakeConnectorMetadata"),
+    _early(f"{EARLY_WORKER}.group_kv_pull", f"{EARLY_WORKER}.start_load_kv"),
+    _early(
+        f"{EARLY_WORKER}.receive_kv",
+        f"{EARLY}:MooncakeAgentMetadata",
+        f"{EARLY_WORKER}.fetch_finished_recving_reqs",
+    ),
+    _early(f"{EARLY_WORKER}.send_kv_to_decode", f"{EARLY_WORKER}._sender_worker"),
+    _load_errors(f"{EARLY}:MooncakeConnector.get_finished"),
+)
+
+# 0.19 to 0.29: they have any TP to any TP, and one mistake.
+SHARES = tuple(
+    Target(f"{MOONCAKE}:{symbol}", "host", f"{OURS}_shares:{replacement}", context=context)
+    for symbol, replacement, context in (
+        (
+            "_compute_sender_transfer_plan",
+            "sender_transfer_plan",
+            (
+                f"{MOONCAKE}:_get_tp_ratio",
+                f"{WORKER}._producer_cache_is_replicated",
+                f"{WORKER}._get_sender_transfer_plan",
+            ),
+        ),
+        ("_validate_asymmetric_region_lengths", "region_lengths", ()),
+    )
+)
+
+BANDS = (
+    Band("vllm", ">=0.13,<0.16", ("0.13.0", "0.14.1", "0.15.1"), REFUSES),
+    Band("vllm", ">=0.16,<0.19", ("0.16.0", "0.17.0", "0.18.0"), PUSHES),
+    Band(
+        "vllm",
+        ">=0.19,<0.30",
+        ("0.19.1", "0.20.2", "0.22.1", "0.23.0", "0.25.1", "0.26.0", "0.27.1", "0.29.0"),
+        SHARES,
+    ),
+    Band(
+        "vllm",
+        ">=0.30",
+        retired="vLLM's own connector sends the first replica of each KV head (its #52516)",
+    ),
+)
+
+UNTOUCHED = (
+    "vllm 0.11 and 0.12: they have no MooncakeConnector",
+    "vllm 0.13 to 0.15: equal TP sizes alone are moved; others are refused where both sides are "
+    "patched, and not noticed where the prefill server is not",
+    "vllm 0.16 to 0.18: pipeline parallelism, which the release refuses; models with several kinds "
+    "of cache (Mamba, sliding windows), which have several block lists",
+    "vllm 0.19 to 0.29: a transfer that fails still leaves its request waiting",
+    "vllm: NixlConnector, P2pNcclConnector, MoRIIO and the others",
+)

@@ -83,18 +83,20 @@ def ask(
 ) -> tuple[Answer, ...]:
     """Return an answer to each prompt, following another server's tokens if there are any."""
     if lead is None:
-        return tuple(_generate(server, _tokenize(server, text), STEPS) for text in prompts)
+        return tuple(generate(server, _tokenize(server, text), STEPS) for text in prompts)
 
     def go_on(answer: Answer, said: tuple[int, ...], count: int) -> Answer:
-        return _generate(server, (*answer.prompt, *said), count)
+        return generate(server, (*answer.prompt, *said), count)
 
     return tuple(follow(answer, go_on) for answer in lead)
 
 
-def ask_together(server: Server, prompts: tuple[Answer, ...]) -> tuple[Answer, ...]:
+def ask_together(
+    server: Server, prompts: tuple[Answer, ...], steps: int = STEPS
+) -> tuple[Answer, ...]:
     """Return an answer to each prompt of `prompts`, all of them asked in one batch."""
     inputs = [list(answer.prompt) for answer in prompts]
-    choices = _complete(server, inputs, STEPS)["choices"]
+    choices = _complete(server, inputs, steps)["choices"]
     choices.sort(key=lambda choice: choice["index"])
     return tuple(_answer(p.prompt, c) for p, c in zip(prompts, choices, strict=True))
 
@@ -184,7 +186,8 @@ def fewest_distinct(answers: tuple[Answer, ...]) -> int:
     return min(len(set(answer.tokens)) for answer in answers)
 
 
-def _generate(server: Server, prompt: tuple[int, ...], count: int) -> Answer:
+def generate(server: Server, prompt: tuple[int, ...], count: int) -> Answer:
+    """Return the answer to a prompt of tokens."""
     return _answer(prompt, _complete(server, list(prompt), count)["choices"][0])
 
 

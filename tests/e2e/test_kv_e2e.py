@@ -1,0 +1,160 @@
+"""Real prefill and decode servers over Mooncake's TCP: any TP to any TP, held to one server.
+
+The reference is the prefill server itself, asked to go on alone. The control is part of the claim:
+two heads that change places in the decode server fail the same comparison there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import kv_servers
+import logprobs
+import pytest
+from _disaggregated import Sizes
+from _server import ServerError
+from kv_servers import LENGTHS, SECONDS, Asked, Transfer, TransferLab
+from server import wait_until
+
+TOLERANCE = 1e-4
+# How much more than the tolerance swapped heads must show, for the comparison to mean anything.
+POWER = 10
+MIXED = 16
+slow = pytest.mark.slow
+
+DOWN, UP, SAME, TWO = Sizes(2, 1), Sizes(1, 2), Sizes(1, 1), Sizes(2, 2)
+RATIOS = [
+    # The everyday one: heads of two ranks come together, with a merge.
+    pytest.param(Transfer(DOWN, kv_heads=4, emulated=True), id="2-1-nhd-4"),
+    *(
+        pytest.param(setup, id=name, marks=slow)
+        for name, setup in {
+            "2-1-hnd-2": Transfer(DOWN),
+            "2-1-hnd-4": Transfer(DOWN, kv_heads=4),
+            "2-1-hnd-1": Transfer(DOWN, kv_heads=1),
+            "2-1-nhd-2": Transfer(DOWN, emulated=True),
+            "2-1-nhd-1": Transfer(DOWN, kv_heads=1, emulated=True),
+            "1-2-hnd-2": Transfer(UP),
+            "1-2-hnd-4": Transfer(UP, kv_heads=4),
+            "1-2-hnd-1": Transfer(UP, kv_heads=1),
+            "1-2-nhd-4": Transfer(UP, kv_heads=4, emulated=True),
+            "1-2-nhd-1": Transfer(UP, kv_heads=1, emulated=True),
+            "1-1-hnd-2": Transfer(SAME),
+            "1-1-nhd-2": Transfer(SAME, emulated=True),
+            "2-2-hnd-4": Transfer(TWO, kv_heads=4),
+            "2-2-nhd-4": Transfer(TWO, kv_heads=4, emulated=True),
+            "2-2-hnd-1": Transfer(TWO, kv_heads=1),
+        }.items()
+    ),
+]
+
+
+@pytest.fixture(scope="session")
+def transfers(lab) -> TransferLab:
+    return TransferLab(lab)
+
+
+@pytest.mark.parametrize("setup", RATIOS)
+def test_a_pair_says_what_one_server_says(transfers, setup, measured) -> None:
+    with transfers.pair(setup) as (pair, faults):
+        alone = kv_servers.answers(pair.prefill)
+        before = pair.decode.metric(kv_servers.HITS)
+        found = kv_servers.follow(Asked(pair), alone)
+        hits = pair.decode.metric(kv_servers.HITS) - before
+        difference = logprobs.compare(alone, found)
+        equal = setup.sizes.prefill == setup.sizes.decode
+        measured.append(
+            f"{setup.name()}: logprobs within {difference.worst:.2g} of one server's, "
+            f"{hits:.0f} tokens transferred"
+        )
+        # Hits alone prove nothing, but without any there was nothing to prove.
+        assert hits >= sum(LENGTHS)
+        assert difference.unlike == 0
+        assert difference.worst <= (0 if equal else TOLERANCE)
+
+        together = kv_servers.at_once(pair.prefill, MIXED)
+        same = kv_servers.at_once(Asked(pair), MIXED)
+        mixed = logprobs.compare(*logprobs.until_parted(together, same))
+        assert mixed.worst <= TOLERANCE
+
+        (faults / "fault").write_text("messages")
+        unreliable = kv_servers.follow(Asked(pair), alone[1:4])
+        assert logprobs.compare(alone[1:4], unreliable).worst <= (0 if equal else TOLERANCE)
+
+        if setup.kv_heads // setup.sizes.decode > 1:
+            (faults / "fault").write_text("swap")
+            swapped = kv_servers.follow(Asked(pair), alone)
+            assert (faults / "swapped").exists()
+            wrong = logprobs.compare(alone, swapped).worst
+            measured.append(f"{setup.name()}, two heads swapped: {wrong:.2g} apart")
+            assert wrong > POWER * TOLERANCE
+        (faults / "fault").write_text("")
+        assert kv_servers.blocks_are_free(pair.decode)
+        assert kv_servers.blocks_are_free(pair.prefill)
+
+
+def stop_workers(server, number: signal.Signals) -> None:
+    """Send a signal to all processes of a server's session, as a machine that stops would."""
+    os.killpg(server.process.pid, number)
+
+
+@slow
+@pytest.mark.parametrize("policy", ["fail", "recompute"])
+def test_a_prefill_that_is_killed_while_it_writes_costs_its_request_alone(
+    transfers, policy, measured
+) -> None:
+    setup = Transfer(DOWN, policy=policy, extra=(("pull_timeout_s", 20), ("pull_retries", 1)))
+    with transfers.pair(setup) as (pair, faults), ThreadPoolExecutor(2) as pool:
+        lead = kv_servers.answers(pair.prefill, (200, 40))
+        local = kv_servers.answers(pair.decode, (40,))
+        (faults / "fault").write_text("hold")
+        began = time.monotonic()
+        held = pool.submit(kv_servers.answer, Asked(pair), lead[0].prompt)
+        assert wait_until(lambda: (faults / "writing-0").exists(), SECONDS)
+        # Others go on meanwhile.
+        assert logprobs.compare(local, kv_servers.answers(pair.decode, (40,))).worst == 0
+        stop_workers(pair.prefill, signal.SIGKILL)
+        (faults / "fault").write_text("")
+        if policy == "recompute":
+            again = held.result(SECONDS)
+            assert logprobs.compare(lead[:1], (again,)).worst <= TOLERANCE
+        else:
+            with pytest.raises(ServerError, match="answered with 500"):
+                held.result(SECONDS)
+        measured.append(
+            f"prefill killed while it wrote, {policy}: answered {time.monotonic() - began:.1f} s "
+            "after it was asked"
+        )
+        assert kv_servers.blocks_are_free(pair.decode)
+        assert logprobs.compare(local, kv_servers.answers(pair.decode, (40,))).worst == 0
+        log = pair.decode.log.read_text()
+        assert "prefill TP 2 -> decode TP 1, decode rank 0" in log
+        assert "prefill rank 0 at tcp://" in log
+
+
+@slow
+def test_blocks_of_a_pull_that_a_paused_prefill_writes_to_are_kept_until_it_is_done(
+    transfers, measured
+) -> None:
+    setup = Transfer(DOWN, policy="fail", extra=(("pull_timeout_s", 8), ("pull_retries", 1)))
+    with transfers.pair(setup) as (pair, faults), ThreadPoolExecutor(2) as pool:
+        lead = kv_servers.answers(pair.prefill, (200,))
+        (faults / "fault").write_text("hold")
+        began = time.monotonic()
+        held = pool.submit(kv_servers.answer, Asked(pair), lead[0].prompt)
+        assert wait_until(lambda: (faults / "writing-0").exists(), SECONDS)
+        with pytest.raises(ServerError, match="answered with 500"):
+            held.result(SECONDS)
+        measured.append(
+            f"prefill stopped while it wrote: failed after {time.monotonic() - began:.1f} s"
+        )
+        # The request is answered; what may still be written to is not given away.
+        assert not kv_servers.blocks_are_free(pair.decode, seconds=3)
+        (faults / "fault").write_text("")
+        assert kv_servers.blocks_are_free(pair.decode)
+        assert kv_servers.blocks_are_free(pair.prefill)
+        found = kv_servers.follow(Asked(pair), lead)
+        assert logprobs.compare(lead, found).worst <= TOLERANCE
