@@ -46,6 +46,7 @@ def recurrence(arguments: dict[str, Any], starts: tuple[int, ...]) -> tuple[Any,
         step.add_(1)
 
     stream, before = torch.cuda.Stream(), state.clone()
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         one()
         stream.synchronize()
