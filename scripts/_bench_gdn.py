@@ -40,7 +40,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench gdn", description=__doc__)
     parser.add_argument("--site", default="", help="a folder with vLLM and what it needs")
     parser.add_argument("--fla", default="", help="a folder with fla-core")
-    parser.add_argument("--tp", type=int, nargs="*", default=(1, 2, 4, 8))
+    parser.add_argument(
+        "--tp", type=int, nargs="*", default=(1, 2, 4, 8), help="none: the timeline alone"
+    )
     parser.add_argument("--out", type=Path, help="folder for gdn.csv, the plot and the timeline")
     parser.add_argument("--commit", default="", help="what to record where git is not there")
     arguments = parser.parse_args(argv)
@@ -70,7 +72,8 @@ def main(argv: list[str]) -> int:
         import _gdn_pictures as pictures
 
         arguments.out.mkdir(parents=True, exist_ok=True)
-        write_csv(arguments.out / "gdn.csv", rows, facts, COLUMNS)
+        if rows:
+            write_csv(arguments.out / "gdn.csv", rows, facts, COLUMNS)
         write_csv(arguments.out / "gdn_timeline.csv", spans, facts, TIMELINE)
         pictures.write(arguments.out)
     return verdict(rows)
