@@ -36,7 +36,7 @@ class MergeCase:
     @property
     def total_bytes(self) -> int:
         """Of all blocks of the request: what is read at least, and written as much."""
-        item = getattr(torch, self.dtype).itemsize
+        item: int = getattr(torch, self.dtype).itemsize
         block = self.block_size * self.heads * self.width * item
         return 2 * self.layers * self.blocks * block
 

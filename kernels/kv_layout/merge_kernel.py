@@ -45,18 +45,23 @@ def _move(
         source = tl.load(groups + group * ROWS + row).to(tl.int32)[:, None]
         target = tl.load(groups + (GROUPS + group) * ROWS + row).to(tl.int32)[:, None]
         column = chunk * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        here = (source >= 0) & (column < ROW)
+        here = source >= 0
+        if ROW % COLUMNS:
+            here &= column < ROW
         rows = tl.load(at + source * ROW + column, mask=here)
         # Every row is read before one is written: they change places.
         tl.debug_barrier()
         tl.store(into + target * ROW + column, rows, mask=here)
     else:
-        token = tl.arange(0, TOKENS)[:, None, None]
+        token = (group * ROWS + tl.arange(0, ROWS))[:, None, None]
         shard = tl.arange(0, SHARDS)[None, :, None]
         column = chunk * COLUMNS + tl.arange(0, COLUMNS)[None, None, :]
-        here = column < ROW
-        rows = tl.load(at + (shard * TOKENS + token) * ROW + column, mask=here)
-        tl.store(into + (token * SHARDS + shard) * ROW + column, rows, mask=here)
+        source = at + (shard * TOKENS + token) * ROW + column
+        target = into + (token * SHARDS + shard) * ROW + column
+        if ROW % COLUMNS:
+            tl.store(target, tl.load(source, mask=column < ROW), mask=column < ROW)
+        else:
+            tl.store(target, tl.load(source))
 
 
 @triton.jit(do_not_specialize=["tasks", "blocks"])
@@ -88,7 +93,8 @@ def merge_kernel(
         groups: int64 [2, GROUPS, ROWS] with LISTED: rows that are read, and where they go.
         tasks: caches * blocks * GROUPS * CHUNKS; each program takes one, with LOOPS every n-th.
         ROW: Elements of a row. ALIGNED: elements that all places are multiples of.
-        SHARDS, TOKENS: Without LISTED a task has all SHARDS * TOKENS rows, of equal shards.
+        SHARDS, TOKENS: Of a block. Without LISTED the shards are equal, and a task has all rows of
+            ROWS tokens; in place those of all tokens.
     """
     first = tl.program_id(0)
     if LOOPS:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import gcd
+from math import gcd, prod
 from typing import Any
 
 import torch
@@ -21,9 +21,12 @@ from ascend_patch.kernels.rope import triton_call
 NAME = "triton"
 _PRIORITY = 10
 _MOST_WARPS, _BYTES_A_WARP = 8, 4 << 10
-# Of an Ascend vector core, for a tile that is read and then written.
-_ASCEND_TILE_BYTES = 88 << 10
-_WIDEST = {"npu": 4}
+# Of an Ascend vector core's unified buffer. In place a tile has some columns of all rows, and what
+# is moved at a time is a row's part: as long as fits, without a second buffer. From staging it has
+# whole rows, and the compiler keeps two.
+_ASCEND_BYTES = 192 << 10
+_ASCEND_IN_PLACE, _ASCEND_STAGED = 128 << 10, 64 << 10
+_ASCEND_LEAST_MOVE = 32
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def _supports_on_npu(call: MergeCall) -> tuple[bool, str]:
     for count, name in ((call.block_size, "block_size"), (len(call.shards), "number of shards")):
         if count & (count - 1):
             return False, f"the {name} must be a power of two"
-    if call.block_size * len(call.shards) * 32 > _ASCEND_TILE_BYTES:
+    if call.block_size * len(call.shards) * _ASCEND_LEAST_MOVE > _ASCEND_IN_PLACE:
         return False, "32 bytes of each row of a block must fit the unified buffer"
     return True, ""
 
@@ -142,10 +145,23 @@ def _integers(cache: Tensor, width: int) -> Tensor:
 
 
 def _ascend_tiles(call: MergeCall, row: int, width: int) -> merge_tiles.Tiles:
-    """All rows of a block, and as many columns as fit."""
-    rows = call.block_size * len(call.shards)
-    columns = 1 << ((_ASCEND_TILE_BYTES // (rows * width)).bit_length() - 1)
-    return merge_tiles.Tiles(row, rows, min(columns, 1 << (row - 1).bit_length()), 1)
+    """All shards of some tokens, whole rows. In place of all tokens, and as many columns as fit."""
+    shards, power = len(call.shards), 1 << (row - 1).bit_length()
+    tokens = call.block_size
+    if not call.in_place:
+        fit = _ASCEND_STAGED // (shards * width * power)
+        tokens = min(tokens, 1 << max(0, fit.bit_length() - 1))
+    most = _ASCEND_IN_PLACE if call.in_place else _ASCEND_STAGED
+    fit = most // (tokens * shards * width)
+    columns = min(1 << (fit.bit_length() - 1), power)
+    return merge_tiles.Tiles(row, tokens, columns, call.block_size // tokens)
+
+
+def ascend_buffer_bytes(prepared: Launch) -> int:
+    """Unified buffer of a launch on Ascend: one tile, or two where two fit."""
+    sizes = (prepared.constants[name] for name in ("ROWS", "SHARDS", "COLUMNS"))
+    tile: int = prod(sizes) * prepared.values[0].element_size()
+    return 2 * tile if 2 * tile <= _ASCEND_BYTES else tile
 
 
 def register() -> None:
