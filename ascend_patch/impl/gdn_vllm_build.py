@@ -276,9 +276,10 @@ class _Batch:
         if drafting:
             used["spec_sequence_masks"] = (rows, size, False)
             used["num_accepted_tokens"] = (rows, size, 1)
-            for name in ("spec_token_indx", "non_spec_token_indx", "spec_token_masks"):
-                if hasattr(builder, name):
-                    used[name] = (len(fields[name]),) * 2 + (0,)
+            lists = ("spec_token_indx", "non_spec_token_indx")
+            for name in ("spec_token_masks",) if self.release.token_masks else lists:
+                count = len(fields[name])
+                used[name] = (count, tokens if self.release.token_masks else count, 0)
         for name, (first, end, rest) in used.items():
             buffer: Tensor = getattr(builder, name)
             buffer[:first].copy_(fields[name][:first], non_blocking=True)

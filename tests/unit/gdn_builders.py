@@ -1,0 +1,322 @@
+"""GDNAttentionMetadataBuilder of one vLLM release, patched and not, on batches of many kinds.
+
+    python gdn_builders.py ROOT RELEASE SEED
+
+ROOT holds `vllm`, which is imported as it is. The release's own build and ours get the same batch,
+with tensors of a device that cannot be read unseen (`gdn_remote`). Prints JSON: for each case what
+differs between the two results, what is wrong with the chunk tables, and how often each build
+waited for the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT, RELEASE, SEED = sys.argv[1:4]
+sys.path.insert(0, ROOT)
+CHECKOUT = Path(__file__).resolve().parents[2]
+sys.path.append(str(CHECKOUT))
+
+import torch  # noqa: E402
+from gdn_remote import DEVICE, Copies, Device, Remote, here  # noqa: E402
+from vllm.v1.attention.backends import gdn_attn  # noqa: E402
+from vllm.v1.kv_cache_interface import MambaSpec  # noqa: E402
+
+from ascend_patch import _plan, _registry  # noqa: E402
+from ascend_patch._seams import make  # noqa: E402
+from ascend_patch._versions import Installed  # noqa: E402
+from ascend_patch.impl import gdn_metadata  # noqa: E402
+from ascend_patch.kernels.gdn import PinnedStaging  # noqa: E402
+
+DRAFTS, MAX_SEQS, BLOCK, SLOTS = 3, 24, 16, 10_000
+VERSION = tuple(map(int, RELEASE.split(".")))
+Builder = gdn_attn.GDNAttentionMetadataBuilder
+
+
+@dataclasses.dataclass
+class Case:
+    """One batch: for each request its tokens, its context, and its drafts (-1: it has none).
+
+    Attributes:
+        padding: Requests without tokens behind it.
+        tokens: What the runner pads the tokens to; 0 for as many as there are.
+    """
+
+    name: str
+    tokens_of: list[int]
+    context: list[int]
+    drafts: list[int] | None = None
+    padding: int = 0
+    tokens: int = 0
+    graphs: bool = False
+    mode: str = "none"
+
+
+def fixed() -> list[Case]:
+    cases = [
+        Case("prefill", [4, 8], [0, 0]),
+        Case("prefill of what is cached in part", [65, 1, 64], [128, 64, 0]),
+        Case("decode and prefill", [1, 1, 70], [9, 30, 0]),
+        Case("last chunk of one token", [1, 1, 500], [12, 448, 64]),
+        Case("decode", [1, 1, 1], [5, 6, 7]),
+        Case("decode, captured", [1, 1, 1], [5, 6, 7], graphs=True, padding=1, tokens=4),
+        Case("empty in the middle", [4, 0, 9], [0, 3, 0]),
+        Case("prefill, padded", [1, 5], [3, 0], padding=2),
+        Case("no drafts after all", [1, 1, 6], [4, 4, 0], [0, 0, -1]),
+        Case("drafts alone", [4, 4], [9, 20], [3, 3]),
+        Case("drafts alone, fewer", [2, 4, 1], [9, 20, 7], [1, 3, 0]),
+        Case("drafts alone, captured", [4, 4], [9, 20], [3, 3], graphs=True, tokens=12),
+        Case("mixed, with padding", [4, 4, 8], [0, 9, 0], [-1, 3, -1], padding=1),
+        Case("mixed, last chunk of one token", [1, 4, 7], [30, 9, 0], [-1, 3, -1]),
+        Case("mixed, captured", [3, 4, 66], [0, 9, 4], [-1, 3, -1], graphs=True),
+        Case("drafts and decode", [1, 4], [8, 9], [-1, 3]),
+    ]
+    if VERSION >= (0, 17):
+        # Up to 0.16 they count as prefills, and the release then asks for their chunks.
+        graphs = {"graphs": True, "padding": 2, "tokens": 16}
+        cases.append(Case("drafts alone, padded", [4, 4], [9, 20], [3, 3], padding=2))
+        cases.append(Case("drafts alone, padded and captured", [4, 4], [9, 20], [3, 3], **graphs))
+    if VERSION >= (0, 15):
+        cases += [
+            dataclasses.replace(case, name=f"{case.name}, align", mode="align") for case in cases
+        ]
+    return cases
+
+
+def drawn(rng: random.Random, number: int) -> Case:
+    """Any batch that a scheduler may make; decodes come first where nobody speculates."""
+    count = rng.randint(1, 12)
+    speculates = rng.random() < 0.6
+    kinds = [rng.choice("pppsd" if speculates else "pppd") for _ in range(count)]
+    if not speculates:
+        kinds.sort()
+    tokens = {
+        "p": lambda: rng.choice([1, 2, 63, 64, 65, 200]) if speculates else rng.randint(2, 200),
+        "s": lambda: rng.randint(1, DRAFTS + 1),
+        "d": lambda: 1,
+    }
+    lengths = [tokens[kind]() for kind in kinds]
+    drafts = [n - 1 if kind == "s" else -1 for n, kind in zip(lengths, kinds, strict=True)]
+    context = [0 if kind == "p" and rng.random() < 0.5 else rng.randint(1, 99) for kind in kinds]
+    return Case(
+        f"drawn {number}: {''.join(kinds)}",
+        lengths,
+        context,
+        drafts if speculates else None,
+        padding=rng.choice([0, 0, 1, 3]) if VERSION >= (0, 17) else 0,
+        graphs=rng.random() < 0.5,
+        mode=rng.choice(["none", "align"]) if VERSION >= (0, 15) else "none",
+    )
+
+
+def builder_of(case: Case) -> Builder:
+    """A builder of the release, its buffers full of what nobody may read."""
+    fields = {"mamba_cache_mode": case.mode} if VERSION >= (0, 15) else {}
+    spec = MambaSpec(
+        block_size=BLOCK,
+        shapes=((1,), (1,)),
+        dtypes=(torch.float32,),
+        num_speculative_blocks=DRAFTS,
+        **fields,
+    )
+    speculation = SimpleNamespace(num_speculative_tokens=DRAFTS, parallel_drafting=False)
+    config = SimpleNamespace(
+        speculative_config=speculation if case.drafts is not None else None,
+        compilation_config=SimpleNamespace(
+            cudagraph_mode=SimpleNamespace(has_full_cudagraphs=lambda: case.graphs),
+            max_capture_size=64,
+            max_cudagraph_capture_size=64,
+        ),
+        scheduler_config=SimpleNamespace(max_num_seqs=MAX_SEQS),
+        cache_config=SimpleNamespace(mamba_cache_mode=case.mode),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        pad_for_cudagraph=lambda tokens: -(-tokens // 8) * 8,
+    )
+    builder = Builder(spec, ["layer"], config, DEVICE)
+    for value in vars(builder).values():
+        if isinstance(value, Remote):
+            value.held.fill_(True if value.dtype == torch.bool else 77)
+    gdn_metadata._staging[builder] = {DEVICE: PinnedStaging(DEVICE, transfer=Copies())}
+    return builder
+
+
+def batch_of(case: Case, generator: torch.Generator):
+    """(CommonAttentionMetadata, accepted tokens, drafts), padding included."""
+    requests = len(case.tokens_of) + case.padding
+    lengths = torch.tensor([*case.tokens_of, *[0] * case.padding], dtype=torch.int32)
+    context = torch.tensor([*case.context, *[0] * case.padding], dtype=torch.int32)
+    starts = torch.zeros(requests + 1, dtype=torch.int32)
+    starts[1:] = lengths.cumsum(0)
+    seq_lens = context + lengths
+    columns = 40 if case.mode == "align" else DRAFTS + 1
+    table = torch.randint(1, SLOTS, (requests, columns), generator=generator, dtype=torch.int32)
+    tokens = max(case.tokens, int(starts[-1]))
+    fields = {
+        "query_start_loc": Remote(starts),
+        "query_start_loc_cpu": starts.clone(),
+        "seq_lens": Remote(seq_lens),
+        "num_reqs": requests,
+        "num_actual_tokens": tokens,
+        "max_query_len": int(lengths.max()),
+        "max_seq_len": int(seq_lens.max()),
+        "block_table_tensor": Remote(table),
+        "slot_mapping": Remote(torch.zeros(tokens, dtype=torch.int64)),
+    }
+    kept = "" if VERSION < (0, 13) else "_"
+    fields[f"{kept}seq_lens_cpu"] = seq_lens.clone()
+    fields[f"{kept}num_computed_tokens_cpu"] = context
+    names = {field.name for field in dataclasses.fields(gdn_attn.CommonAttentionMetadata)}
+    common = gdn_attn.CommonAttentionMetadata(**{k: v for k, v in fields.items() if k in names})
+    if case.drafts is None:
+        return common, None, None
+    accepted = torch.randint(1, DRAFTS + 2, (requests,), generator=generator, dtype=torch.int32)
+    drafts = torch.tensor([*case.drafts, *[-1] * case.padding], dtype=torch.int32)
+    return common, Remote(accepted), drafts
+
+
+def run(build, case: Case, generator: torch.Generator):
+    """(metadata or the error's name, the builder, waits)."""
+    with Device() as device:
+        builder = builder_of(case)
+        batch = batch_of(case, generator)
+        device.waits.clear()
+        try:
+            metadata = build(builder, 0, *batch)
+        except AssertionError as error:
+            return f"AssertionError: {error}", builder, device.waits
+    return metadata, builder, device.waits
+
+
+def described(value: object, builder: Builder) -> object:
+    """A field so that two are equal where layers cannot tell them apart."""
+    if isinstance(value, torch.Tensor):
+        held = here(value)
+        buffers = {
+            name: buffer.held.untyped_storage().data_ptr()
+            for name, buffer in vars(builder).items()
+            if isinstance(buffer, Remote)
+        }
+        owner = held.untyped_storage().data_ptr()
+        return {
+            "values": held.tolist(),
+            "dtype": str(held.dtype),
+            "device": str(value.device),
+            "strides": held.stride() if held.numel() > 1 else None,
+            "buffer": [name for name, pointer in buffers.items() if pointer == owner],
+        }
+    if isinstance(value, dict):
+        return {key: described(part, builder) for key, part in value.items()}
+    return value
+
+
+def differences(theirs, ours) -> list[str]:
+    (expected, their_builder), (found, our_builder) = theirs, ours
+    if isinstance(expected, str) or isinstance(found, str):
+        return [] if expected == found else [f"{expected!r} and {found!r}"]
+    wrong = []
+    for field in dataclasses.fields(expected):
+        a = described(getattr(expected, field.name), their_builder)
+        b = described(getattr(found, field.name), our_builder)
+        if a != b and not by_design(field.name, a, b, found):
+            wrong.append(f"{field.name}: {a} and {b}")
+    return wrong
+
+
+def by_design(name: str, a: object, b: object, found) -> bool:
+    """Where ours is meant to differ, and does so in this way only."""
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return False
+    known = {}
+    if name.endswith("token_indx") and VERSION < (0, 13):
+        # The release sorts by an unstable sort: each request's tokens in any order.
+        known = {"values": sorted(a["values"])}
+    if name == "spec_token_masks":
+        # Behind its own tokens the release leaves what an earlier batch has written.
+        count = found.num_spec_decode_tokens
+        padding = [False] * (len(a["values"]) - count)
+        known = {"values": a["values"][:count] + padding} if a["buffer"] else {}
+    return {**a, **known} == b
+
+
+def faults(case: Case, metadata) -> list[str]:
+    """What is wrong with the tables, by the definition of each, a sequence at a time."""
+    chunks = gdn_metadata.of(metadata)
+    if not metadata.num_prefills:
+        return [] if chunks is None else ["tables without prefill"]
+    drafts = case.drafts or []
+    speculates = sum(n for n in drafts if n > 0) > 0
+    lengths = [
+        n
+        for i, n in enumerate([*case.tokens_of, *[0] * case.padding])
+        if not (speculates and i < len(drafts) and drafts[i] >= 0)
+    ]
+    starts, indices, offsets, update_offsets, final = [0], [], [0], [0], []
+    for number, length in enumerate(lengths):
+        starts.append(starts[-1] + length)
+        chunk = 0
+        while chunk * 64 < length:
+            indices.append([number, chunk])
+            chunk += 1
+        offsets.append(offsets[-1] + chunk)
+        update_offsets.append(update_offsets[-1] + chunk + 1)
+        final.append(update_offsets[-1] - 1)
+    table = chunks.table(64)
+    expected = {
+        "starts": (list(chunks.starts), starts),
+        "cu_seqlens": (here(chunks.cu_seqlens).tolist(), starts),
+        "as the release has them": (here(metadata.non_spec_query_start_loc).tolist(), starts),
+        "indices": (here(table.indices).tolist(), indices),
+        "offsets": (here(table.offsets).tolist(), offsets),
+        "update_offsets": (here(table.update_offsets).tolist(), update_offsets),
+        "final_indices": (here(table.final_indices).tolist(), final),
+    }
+    wrong = [f"{name}: {got}, not {want}" for name, (got, want) in expected.items() if got != want]
+    if not isinstance(chunks.cu_seqlens, Remote):
+        wrong.append("tables are not on the device")
+    return wrong
+
+
+def main() -> None:
+    """Decide as a server would, install the builder's target, run every case, take it back."""
+    installed = Installed({"vllm": RELEASE}, {"vllm": Path(ROOT)}, "vllm", device="cuda")
+    decision = _plan.decide(_registry.load()["gdn_attn"], installed)
+    assert decision.band is not None, decision.reason
+    original = Builder.build
+    (target,) = (t for t in decision.band.targets if t.symbol.endswith("Builder.build"))
+    installation = make(target, lambda: None)
+    installation.prepare()
+    installation.install()
+    ours = Builder.build
+    assert ours is not original
+    rng = random.Random(int(SEED))
+    cases = fixed() + [drawn(rng, number) for number in range(60)]
+    found = []
+    for number, case in enumerate(cases):
+        generator = torch.Generator().manual_seed(int(SEED) + number)
+        expected, their_builder, their_waits = run(original, case, generator.clone_state())
+        metadata, builder, waits = run(ours, case, generator.clone_state())
+        entry = {
+            "name": case.name,
+            "differs": differences((expected, their_builder), (metadata, builder)),
+            "waits": dict(waits),
+            "stock": dict(their_waits),
+            "refused": expected if isinstance(expected, str) else "",
+        }
+        if not isinstance(metadata, str):
+            entry["tables"] = faults(case, metadata)
+            entry["prefills"] = metadata.num_prefills
+            entry["decodes"] = metadata.num_decodes
+            entry["speculative"] = metadata.num_spec_decodes
+        found.append(entry)
+    installation.revert()
+    assert Builder.build is original
+    print(json.dumps({"target": target.replacement, "cases": found}))
+
+
+if __name__ == "__main__":
+    main()
