@@ -17,5 +17,6 @@ PATCH = Patch(
     remove_when="vLLM 0.20.0 or later, or a vllm-ascend whose layers read nothing from the device",
     bands=_gdn_vllm.BANDS + _gdn_ascend.BANDS,
     watch={"vllm": _watch.GDN_ATTN, "vllm_ascend": _watch_ascend.GDN_ATTN},
+    self_test="ascend_patch.impl.gdn_selftest:cases",
     untouched=_gdn_vllm.UNTOUCHED + _gdn_ascend.UNTOUCHED,
 )
