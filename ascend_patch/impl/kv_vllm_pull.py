@@ -122,10 +122,16 @@ class Conversation:
             },
         )
 
-    async def give_up(self) -> None:
-        """Wait until nobody writes any more, tell the peer to free its blocks, and hang up."""
+    async def give_up(self, *, last: bool) -> None:
+        """Tell the peer, wait until it writes no more, and hang up.
+
+        Args:
+            last: Nobody asks again: it may free its blocks.
+        """
         try:
-            await self.link.send(self._message(CANCEL))
+            message = self._message(CANCEL)
+            message.ascend_patch |= {"last": last}  # type: ignore[operator]
+            await self.link.send(message)
             while self.doubtful:
                 answer = await self.link.answer(REPEAT_S)
                 if answer is not None:
@@ -154,6 +160,8 @@ class Pull:
         self.done: set[int] = set()
         self.plan: Plan | None = None
         self.ratio = ""
+        # Those that failed, and of them those that are being ended.
+        self.parting: list[Conversation] = []
         self.settling: dict[Conversation, asyncio.Future[None]] = {}
 
     async def run(self) -> None:
@@ -171,6 +179,7 @@ class Pull:
                     if not error.again or not rest or time.monotonic() > self.deadline:
                         raise
                     log.warning("%s: %s; asking again (%d left)", self.name, error, rest)
+                    self._part(last=False)
                     await self._settle(self.deadline - time.monotonic())
                     await asyncio.sleep(BACKOFF_S * attempt)
         except PullError as error:
@@ -178,8 +187,15 @@ class Pull:
         except Exception as error:
             log.exception("%s: pulling failed", self.name)
             self.receiver.fail(self, f"{type(error).__name__}: {error}")
+        self._part(last=True)
         await self._settle(None)
         self.receiver.finish(self)
+
+    def _part(self, *, last: bool) -> None:
+        """End what failed; if it was the last attempt, prefill may free the blocks."""
+        for one in self.parting:
+            self.settling[one] = asyncio.ensure_future(one.give_up(last=last))
+        self.parting.clear()
 
     async def _settle(self, seconds: float | None) -> None:
         """Wait until no prefill rank can write to this request's blocks any more.
@@ -227,7 +243,7 @@ class Pull:
                 if one.rank in self.done:
                     one.link.close()
                 else:
-                    self.settling[one] = asyncio.ensure_future(one.give_up())
+                    self.parting.append(one)
 
     async def _talk(self, one: Conversation) -> None:
         try:

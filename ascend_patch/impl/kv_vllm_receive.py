@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import msgspec
+
 from ascend_patch.impl import kv_handshake
 from ascend_patch.impl.kv_vllm_pull import REPEAT_S, Pull, PullError
 from ascend_patch.impl.kv_vllm_wire import ASK, Ask, log
@@ -103,7 +105,7 @@ class Receiver:
             remote_hostname=(
                 worker.hostname
                 if prefill_tp == self.side.tp and meta.remote_engine_id not in self.patched
-                else ""
+                else msgspec.UNSET
             ),
             remote_port=worker.rpc_port,
             remote_tp_size=worker.tp_size,

@@ -36,9 +36,13 @@ class Job:
         """Whether bytes may be on their way."""
         return self.state == READY and self.go.is_set()
 
-    def stop(self) -> None:
-        """Give it up, unless it writes: then its end is waited for."""
-        self.cancelled = True
+    def stop(self, *, last: bool) -> None:
+        """Give it up, unless it writes: then its end is waited for.
+
+        Args:
+            last: Its decode rank asks no more.
+        """
+        self.cancelled = last
         if self.task is not None and not self.writing:
             self.task.cancel()
 

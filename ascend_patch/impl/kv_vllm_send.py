@@ -90,7 +90,7 @@ class Sender:
         record.expected = kv_vllm_plan.asked_by(plan, self.worker.tp_rank)
         before, record.jobs[rank] = record.jobs.get(rank), job
         if before is not None:
-            before.stop()
+            before.stop(last=False)
         if record.served.get(rank):
             return  # The answer to its last attempt was lost; what it asked for lies there.
         send = await self._ready(transfer, record)
@@ -208,9 +208,10 @@ class Sender:
         transfer, rank = ours.get("transfer"), ours.get("rank")
         if not isinstance(transfer, str) or not isinstance(rank, int):
             return
+        last = bool(ours.get("last"))
         if job is not None:
-            job.stop()
-        if job is None or not job.writing:
+            job.stop(last=last)
+        if last and (job is None or not job.writing):
             self.serve(transfer, rank, False)
 
     def abort(self, transfer: str, why: str) -> None:

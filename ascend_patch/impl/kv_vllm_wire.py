@@ -11,7 +11,7 @@ refuses the message instead of pushing what it believes was asked for.
     go       decode -> prefill: write
     done     prefill -> decode: written
     failed   prefill -> decode: not written, and nothing will be; `again` if asking again may help
-    cancel   decode -> prefill: I gave this up; free your blocks
+    cancel   decode -> prefill: I gave this attempt up, or with `last` the request: free its blocks
 
 Until it said `go` a decode rank may give its blocks away at any time; from then on it may not
 before it has heard `done` or `failed`, or the peer is gone. A message that is lost is said again
@@ -32,10 +32,13 @@ ACCEPTED, READY, DONE, FAILED = "accepted", "ready", "done", "failed"
 log = logging.getLogger("vllm.ascend_patch.kv")
 
 
-class Ask(msgspec.Struct, omit_defaults=True):
-    """MooncakeXferMetadata of the host, in which nothing is required, and our field."""
+class Ask(msgspec.Struct):
+    """MooncakeXferMetadata of the host, in which nothing is required, and our field.
 
-    remote_hostname: str = ""
+    What is zero is sent all the same: the host requires it.
+    """
+
+    remote_hostname: str | msgspec.UnsetType = msgspec.UNSET
     remote_port: int = 0
     remote_tp_size: int = 0
     remote_tp_rank: int = 0

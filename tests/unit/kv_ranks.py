@@ -1,0 +1,282 @@
+"""Prefill and decode ranks in one process: vLLM's real worker class, and memory for an engine.
+
+Real are the host's class with its listener, its ZMQ sockets over the loopback interface and its
+message formats; not real is Mooncake's engine, which copies between tensors of this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import importlib
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from ascend_patch.impl import kv_vllm, kv_vllm_wire
+from ascend_patch.impl.kv_vllm_receive import Receiver
+from ascend_patch.impl.kv_vllm_send import Sender
+from ascend_patch.kernels.kv_layout import LayerGroup, Side
+
+MODULE = "vllm.distributed.kv_transfer.kv_connector.v1.mooncake.mooncake_connector"
+LAYERS, BLOCKS, TOKENS, WIDTH = 2, 9, 4, 8
+PREFILL = "prefill-engine"
+
+
+def connector(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import the host's module, over a stub of Mooncake's engine where that is not installed."""
+    pytest.importorskip("vllm", reason="vLLM is not installed here")
+    try:
+        import mooncake.engine  # noqa: F401
+    except ImportError:
+        package, engine = types.ModuleType("mooncake"), types.ModuleType("mooncake.engine")
+        engine.TransferEngine = object  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "mooncake", package)
+        monkeypatch.setitem(sys.modules, "mooncake.engine", engine)
+    return importlib.import_module(MODULE)
+
+
+class Engine:
+    """Copies bytes. `codes` are answers instead of copies; `hold` stops it half-way."""
+
+    def __init__(self) -> None:
+        self.codes: list[int] = []
+        self.hold = threading.Event()
+        self.hold.set()
+        self.writing = threading.Event()
+        self.calls = 0
+
+    def batch_transfer_sync_write(
+        self, session: str, local: list[int], remote: list[int], lengths: list[int]
+    ) -> int:
+        self.calls += 1
+        if self.codes:
+            return self.codes.pop(0)
+        half = len(local) // 2
+        for number, (source, target, length) in enumerate(zip(local, remote, lengths, strict=True)):
+            if number == half:
+                self.writing.set()
+                assert self.hold.wait(20)
+            ctypes.memmove(target, source, length)
+        return 0
+
+
+def side(tp: int, heads: int, layout: str) -> Side:
+    """A model's side of this size."""
+    group = LayerGroup(LAYERS, heads, (WIDTH, WIDTH))
+    return Side((group,), tp, block_size=TOKENS, layout=layout, dtype="float32", itemsize=4)
+
+
+def truth(heads: int, request: int, blocks: int) -> torch.Tensor:
+    """What a request's cache holds: [layers, 2, blocks, tokens, heads, width], all different."""
+    shape = (LAYERS, 2, blocks, TOKENS, heads, WIDTH)
+    return torch.arange(torch.Size(shape).numel()).view(shape).float() + 1e5 * request
+
+
+class Rank:
+    """One rank: its caches, NHD views of them, and the host's worker."""
+
+    def __init__(self, host: Any, one: Side, rank: int, role: str) -> None:
+        self.host, self.side, self.number = host, one, rank
+        self.heads = one.heads(one.groups[0], rank)
+        shape = [2 * LAYERS, BLOCKS, TOKENS, self.heads.count, WIDTH]
+        if one.layout == "HND":
+            shape[2], shape[3] = shape[3], shape[2]
+        cache = torch.full(shape, float("nan"))
+        self.cache = cache.transpose(2, 3) if one.layout == "HND" else cache
+        self.engine = Engine()
+        # Not the host's __del__, which ends threads that are not there.
+        kind = type("Worker", (host.MooncakeConnectorWorker,), {"__del__": lambda _: None})
+        self.worker = worker = kind.__new__(kind)
+        worker.engine, worker.hostname, worker.rpc_port = self.engine, "127.0.0.1", 1
+        worker.engine_id = PREFILL if role == "kv_producer" else "decode-engine"
+        worker.tp_rank, worker.tp_size, worker.num_blocks = rank, one.tp, BLOCKS
+        worker.kv_caches_base_addr = [part.data_ptr() for part in cache]
+        worker.block_len = cache[0, 0].nbytes
+        worker.reqs_need_send = {}
+        worker.finished_sending_reqs, worker.finished_recving_reqs = set(), set()
+        worker.is_kv_producer = role == "kv_producer"
+        worker.is_kv_consumer = not worker.is_kv_producer
+        worker.num_sender_tasks = 4
+        worker._encoder = host.msgspec.msgpack.Encoder()
+        worker._xfer_meta_decoder = host.msgspec.msgpack.Decoder(host.MooncakeXferMetadata)
+        worker._xfer_resp_decoder = host.msgspec.msgpack.Decoder(host.MooncakeXferResponse)
+        worker.kv_topo = types.SimpleNamespace(
+            get_target_remote_ranks=lambda tp: [rank] if tp == one.tp else [rank, rank + 1]
+        )
+
+    def blocks(self, ids: list[int]) -> torch.Tensor:
+        """The blocks as [layers, 2, blocks, tokens, heads, width]."""
+        return self.cache[:, ids].unflatten(0, (LAYERS, 2))
+
+    def fill(self, ids: list[int], found: torch.Tensor) -> None:
+        """Write what prefill computes: this rank's heads."""
+        mine = found[..., self.heads.first : self.heads.end, :]
+        self.cache[:, ids] = mine.flatten(0, 1)
+
+
+class World:
+    """A prefill and a decode server's ranks, in the running loop."""
+
+    def __init__(
+        self,
+        host: Any,
+        prefill_tp: int,
+        decode_tp: int,
+        *,
+        heads: int = 4,
+        layout: str = "NHD",
+        prefill_layout: str = "",
+        patched: tuple[bool, bool] = (True, True),
+        timeout: float = 10,
+        retries: int = 2,
+    ) -> None:
+        import zmq.asyncio
+
+        self.host, self.heads, self.patched = host, heads, patched
+        self.context = zmq.asyncio.Context()
+        prefill, decode = (
+            side(prefill_tp, heads, prefill_layout or layout),
+            side(decode_tp, heads, layout),
+        )
+        self.prefill = [Rank(host, prefill, r, "kv_producer") for r in range(prefill_tp)]
+        self.decode = [Rank(host, decode, r, "kv_consumer") for r in range(decode_tp)]
+        self.executor = ThreadPoolExecutor(4)
+        self.listening: list[Any] = []
+        self.addresses: dict[int, str] = {}
+        self.receivers: list[Receiver] = []
+        for rank in self.decode:
+            rank.worker.async_zmq_ctx = self.context
+            receiver = Receiver(
+                rank.worker,
+                decode,
+                "model",
+                timeout=timeout,
+                retries=retries,
+                views=list(rank.cache),
+            )
+            receiver._query = self.query  # type: ignore[method-assign]
+            self.receivers.append(receiver)
+
+    async def query(self, address: str) -> dict[str, dict[int, str]]:
+        """What the bootstrap server says."""
+        return {PREFILL: dict(self.addresses)}
+
+    async def __aenter__(self) -> World:
+        for rank in self.prefill:
+            await self.listen(rank)
+        return self
+
+    async def listen(self, rank: Rank) -> None:
+        """Start the host's own listener of a prefill rank."""
+        worker, loop = rank.worker, asyncio.get_running_loop()
+        worker.async_zmq_ctx, worker.sender_loop = self.context, loop
+        worker._sender_executor = self.executor
+        worker.sender_worker_queue = asyncio.Queue()
+
+        async def register() -> None:
+            self.addresses[rank.number] = f"tcp://127.0.0.1:{worker.side_channel_port}"
+
+        worker.register_worker_with_bootstrap = register
+        if self.patched[0]:
+            new = self.host.SendBlockMeta
+
+            def new_request(transfer: str) -> Any:
+                return new("", transfer, [], asyncio.Event())
+
+            setattr(worker, kv_vllm.SENDER, Sender(worker, rank.side, "model", 10, new_request))
+            worker._xfer_meta_decoder = kv_vllm_wire.ask_decoder()
+            theirs = worker.send_kv_to_decode
+            worker.send_kv_to_decode = lambda *args: kv_vllm.send_kv_to_decode(
+                theirs, worker, args, {}
+            )
+            theirs_too = worker.record_send_reqs
+            worker.record_send_reqs = lambda *args: kv_vllm.record_send_reqs(
+                theirs_too, worker, args, {}
+            )
+        ready = threading.Event()
+        self.listening.append(asyncio.ensure_future(worker._mooncake_sender_listener(ready)))
+        await wait_until(ready.is_set)
+
+    async def __aexit__(self, *error: object) -> None:
+        for task in self.listening:
+            task.cancel()
+        await asyncio.gather(*self.listening, return_exceptions=True)
+        for rank in self.prefill:
+            rank.engine.hold.set()
+        self.executor.shutdown()
+        pending = [task for one in self.receivers for task in one._tasks]
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        self.context.destroy(0)
+
+    async def prefilled(self, number: int, blocks: list[int]) -> None:
+        """A request has been computed on all prefill ranks."""
+        found = truth(self.heads, number, len(blocks))
+        for rank in self.prefill:
+            rank.fill(blocks, found)
+            await self.record(rank, number, [])
+            await self.record(rank, number, blocks)
+
+    async def record(self, rank: Rank, number: int, blocks: list[int]) -> None:
+        """What vLLM's scheduler tells a prefill rank."""
+        metadata = self.host.MooncakeConnectorMetadata()
+        metadata.reqs_to_send[f"p{number}"] = (f"t{number}", blocks)
+        await rank.worker.record_send_reqs(metadata)
+
+    def meta(self, number: int, blocks: list[int], **noted: int) -> Any:
+        """What vLLM's scheduler tells a decode rank."""
+        found = self.host.PullReqMeta(f"d{number}", f"t{number}", blocks, PREFILL, "http://none")
+        found.__dict__.update(noted)
+        return found
+
+    async def pull(self, number: int, blocks: list[int], **noted: int) -> None:
+        """Start to pull a request on all decode ranks."""
+        for receiver in self.receivers:
+            await receiver.start({PREFILL: {f"d{number}": self.meta(number, blocks, **noted)}})
+
+    def pulled(self, number: int) -> bool:
+        """Whether all decode ranks have reported it as finished."""
+        return all(f"d{number}" in rank.worker.finished_recving_reqs for rank in self.decode)
+
+    def freed(self, number: int) -> bool:
+        """Whether all prefill ranks have reported its blocks as free."""
+        return all(f"p{number}" in rank.worker.finished_sending_reqs for rank in self.prefill)
+
+    def right(self, number: int, blocks: list[int]) -> bool:
+        """Whether the blocks hold what decode would have computed itself."""
+        found = truth(self.heads, number, len(blocks))
+        return all(
+            torch.equal(r.blocks(blocks), found[..., r.heads.first : r.heads.end, :])
+            for r in self.decode
+        )
+
+    def untouched(self, blocks: list[int]) -> bool:
+        """Whether nobody has written to other blocks than these."""
+        others = [i for i in range(BLOCKS) if i not in blocks]
+        return all(bool(rank.cache[:, others].isnan().all()) for rank in self.decode)
+
+
+async def wait_until(condition: Callable[[], bool], seconds: float = 15) -> None:
+    """Wait, in a bounded time, for what another task does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"it did not happen within {seconds} s"
+        await asyncio.sleep(0.01)
+
+
+def with_side(world: World, **changes: Any) -> None:
+    """Let the prefill ranks say that they are otherwise."""
+    for rank in world.prefill:
+        sender = getattr(rank.worker, kv_vllm.SENDER)
+        sender.side = replace(sender.side, **changes)
+        sender.said["side"] = {**sender.said["side"], **changes}

@@ -1,0 +1,355 @@
+"""Transfers between ranks in one process: bytes, faults, and peers without the shim."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import kv_ranks
+import pytest
+import torch
+from kv_ranks import World, wait_until
+
+from ascend_patch.impl import kv_vllm, kv_vllm_link, kv_vllm_pull, kv_vllm_send
+
+P_BLOCKS, D_BLOCKS = [1, 2, 5], [7, 3, 4]
+RATIOS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4), (4, 2), (2, 4))
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(kv_vllm_pull, "BACKOFF_S", 0.05)
+    monkeypatch.setattr(kv_vllm_pull, "SETTLE_S", 0.05)
+    return kv_ranks.connector(monkeypatch)
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Any:
+    # vLLM's logger hands nothing on.
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    return caplog
+
+
+def invalid(world: World) -> set[int]:
+    return set().union(*(one.take_invalid() for one in world.receivers))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("sizes", RATIOS, ids=str)
+def test_decode_holds_what_it_would_have_computed(host, sizes, layout, heads) -> None:
+    async def run() -> None:
+        async with World(host, *sizes, heads=heads, layout=layout) as world:
+            await world.prefilled(1, P_BLOCKS)
+            await world.pull(1, D_BLOCKS)
+            await wait_until(lambda: world.pulled(1) and world.freed(1))
+            assert world.right(1, D_BLOCKS)
+            assert world.untouched(D_BLOCKS)
+            assert not invalid(world)
+            assert not any(rank.worker.reqs_need_send for rank in world.prefill)
+
+    asyncio.run(run())
+
+
+def test_heads_that_change_places_are_noticed(host) -> None:
+    async def run() -> None:
+        async with World(host, 2, 1) as world:
+            await world.prefilled(1, P_BLOCKS)
+            for rank in world.prefill:
+                rank.cache.copy_(rank.cache.roll(1, dims=3))
+            await world.pull(1, D_BLOCKS)
+            await wait_until(lambda: world.pulled(1))
+            assert not world.right(1, D_BLOCKS)
+
+    asyncio.run(run())
+
+
+def test_decode_may_ask_before_prefill_has_computed(host) -> None:
+    async def run() -> None:
+        async with World(host, 2, 1) as world:
+            await world.pull(1, D_BLOCKS)
+            await asyncio.sleep(0.3)
+            assert not world.pulled(1)
+            await world.prefilled(1, P_BLOCKS)
+            await wait_until(lambda: world.pulled(1) and world.freed(1))
+            assert world.right(1, D_BLOCKS)
+
+    asyncio.run(run())
+
+
+def test_a_cached_beginning_and_blocks_behind_the_prompt_are_left_alone(host) -> None:
+    async def run() -> None:
+        async with World(host, 2, 1) as world:
+            await world.prefilled(1, [1, 2, 5, 6])
+            # A prompt of 11 tokens in blocks of 4; decode has the first, and a block to spare.
+            await world.pull(1, [7, 3, 4], ascend_patch_tokens=11, ascend_patch_cached=1)
+            await wait_until(lambda: world.pulled(1))
+            found = kv_ranks.truth(4, 1, 4)[:, :, 1:3]
+            assert torch.equal(world.decode[0].blocks([7, 3]), found)
+            assert world.untouched([7, 3])
+
+    asyncio.run(run())
+
+
+def test_a_full_local_hit_frees_prefill_and_reports_nothing(host) -> None:
+    async def run() -> None:
+        async with World(host, 2, 1) as world:
+            await world.prefilled(1, P_BLOCKS)
+            await world.pull(1, [])
+            await wait_until(lambda: world.freed(1))
+            assert not world.decode[0].worker.finished_recving_reqs
+            assert world.untouched([])
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2), (1, 1)], ids=str)
+def test_lost_and_doubled_messages_change_nothing(host, sizes, monkeypatch) -> None:
+    monkeypatch.setattr(kv_vllm_pull, "REPEAT_S", 0.05)
+    count = 0
+
+    def losing(send: Any) -> Any:
+        async def lose(self: Any, *args: Any) -> None:
+            nonlocal count
+            count += 1
+            for _ in range((0, 2, 0, 1, 0)[count % 5]):
+                await send(self, *args)
+
+        return lose
+
+    async def run() -> None:
+        async with World(host, *sizes, timeout=30) as world:
+            for receiver in world.receivers:
+                receiver.repeat = 0.05
+            # An equal pair asks once until it has heard that the peer is patched.
+            for receiver in world.receivers:
+                receiver.patched.add(kv_ranks.PREFILL)
+            monkeypatch.setattr(kv_vllm_link.Link, "send", losing(kv_vllm_link.Link.send))
+            monkeypatch.setattr(kv_vllm_send.Sender, "_repeat", losing(kv_vllm_send.Sender._repeat))
+            for number in range(3):
+                await world.prefilled(number, P_BLOCKS)
+                await world.pull(number, D_BLOCKS)
+                await wait_until(lambda n=number: world.pulled(n) and world.freed(n), 30)
+                assert world.right(number, D_BLOCKS)
+            assert not invalid(world)
+
+    asyncio.run(run())
+    assert count > 20
+
+
+def test_an_engine_that_fails_is_asked_again(host, lines) -> None:
+    async def run() -> None:
+        async with World(host, 2, 1) as world:
+            world.prefill[1].engine.codes = [-1]
+            await world.prefilled(1, P_BLOCKS)
+            await world.pull(1, D_BLOCKS)
+            await wait_until(lambda: world.pulled(1) and world.freed(1))
+            assert world.right(1, D_BLOCKS)
+            # What had arrived is not sent again.
+            assert world.prefill[0].engine.calls == 1
+
+    asyncio.run(run())
+    assert "prefill TP 2 -> decode TP 1, decode rank 0" in lines.text
+    assert "prefill rank 1 at tcp://127.0.0.1:" in lines.text
+    assert "transfer engine returned -1; asking again (2 left)" in lines.text
+
+
+def test_an_engine_that_goes_on_failing_fails_the_request_and_frees_both_sides(host) -> None:
+    async def run() -> None:
+        async with World(host, 2, 1, retries=1) as world:
+            world.prefill[0].engine.codes = [-1] * 9
+            await world.prefilled(1, P_BLOCKS)
+            await world.pull(1, D_BLOCKS)
+            await wait_until(lambda: world.pulled(1) and world.freed(1))
+            assert world.prefill[0].engine.calls == 2
+            assert invalid(world) == set(D_BLOCKS)
+            assert not any(rank.worker.reqs_need_send for rank in world.prefill)
+
+    asyncio.run(run())
+
+
+def test_blocks_are_kept_while_a_push_that_stopped_may_go_on(host, lines) -> None:
+    async def run() -> None:
+        async with World(host, 2, 1, timeout=0.5) as world:
+            world.prefill[1].engine.hold.clear()
+            await world.prefilled(1, P_BLOCKS)
+            await world.pull(1, D_BLOCKS)
+            found: set[int] = set()
+            await wait_until(lambda: bool(found.update(invalid(world)) or found))
+            assert found == set(D_BLOCKS)
+            await asyncio.sleep(0.5)
+            assert not world.pulled(1)
+            world.prefill[1].engine.hold.set()
+            await wait_until(lambda: world.pulled(1) and world.freed(1))
+            # Reported once.
+            assert not invalid(world)
+
+    asyncio.run(run())
+    assert "there was no answer within 0.5 s" in lines.text
+    assert "prefill ranks [1] may still be writing; its blocks are kept" in lines.text
+
+
+def test_a_prefill_that_never_computes_is_given_up_in_time(host) -> None:
+    async def run() -> None:
+        async with World(host, 2, 1, timeout=0.5) as world:
+            await world.pull(1, D_BLOCKS)
+            await wait_until(lambda: world.pulled(1))
+            assert invalid(world) == set(D_BLOCKS)
+            # It comes too late: its blocks are freed at once, and nobody is written to.
+            await world.prefilled(1, P_BLOCKS)
+            await wait_until(lambda: world.freed(1))
+            assert world.untouched([])
+
+    asyncio.run(run())
+
+
+def test_a_prefill_that_ends_with_nothing_to_send_says_so_at_once(host, lines) -> None:
+    async def run() -> None:
+        async with World(host, 2, 1) as world:
+            await world.pull(1, D_BLOCKS)
+            await asyncio.sleep(0.1)
+            for rank in world.prefill:
+                await world.record(rank, 1, [])
+                metadata = host.MooncakeConnectorMetadata()
+                metadata.reqs_not_processed.add("t1")
+                await rank.worker.record_send_reqs(metadata)
+            await wait_until(lambda: world.pulled(1), 5)
+            assert invalid(world) == set(D_BLOCKS)
+
+    asyncio.run(run())
+    assert "the prefill server ended the request with nothing to send" in lines.text
+
+
+def test_nobody_listening_is_found_out_and_the_address_is_asked_again(host, lines) -> None:
+    async def run() -> None:
+        async with World(host, 2, 1) as world:
+            right, world.addresses = dict(world.addresses), {0: world.addresses[0], 1: DEAD}
+            await world.prefilled(1, P_BLOCKS)
+            await world.pull(1, D_BLOCKS)
+            await wait_until(lambda: "asking again" in lines.text)
+            world.addresses = right
+            await wait_until(lambda: world.pulled(1) and world.freed(1))
+            assert world.right(1, D_BLOCKS)
+
+    asyncio.run(run())
+    assert f"the connection to {DEAD} was refused or ended" in lines.text
+
+
+# Nothing listens there: the port belongs to no service.
+DEAD = "tcp://127.0.0.1:1"
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2)], ids=str)
+def test_an_unpatched_prefill_is_not_asked_to_push_what_it_would_get_wrong(
+    host, sizes, lines
+) -> None:
+    async def run() -> None:
+        async with World(host, *sizes, patched=(False, True), retries=0) as world:
+            await world.prefilled(1, P_BLOCKS)
+            await world.pull(1, D_BLOCKS)
+            await wait_until(lambda: world.pulled(1))
+            assert invalid(world) == set(D_BLOCKS)
+            assert world.untouched([])
+
+    asyncio.run(run())
+    assert "needs ascend-patch on both sides, and the prefill server answers without" in lines.text
+
+
+def test_an_unpatched_prefill_of_equal_size_pushes_as_before(host) -> None:
+    async def run() -> None:
+        async with World(host, 2, 2, patched=(False, True)) as world:
+            await world.prefilled(1, P_BLOCKS)
+            await world.pull(1, D_BLOCKS)
+            await wait_until(lambda: world.pulled(1) and world.freed(1))
+            assert world.right(1, D_BLOCKS)
+
+    asyncio.run(run())
+
+
+def test_an_unpatched_decode_of_equal_size_pulls_as_before(host) -> None:
+    async def run() -> None:
+        async with World(host, 2, 2) as world:
+            await world.prefilled(1, P_BLOCKS)
+            await ask_unpatched(world)
+            assert world.pulled(1)
+            assert world.freed(1)
+            assert world.right(1, D_BLOCKS)
+
+    asyncio.run(run())
+
+
+async def ask_unpatched(world: World) -> None:
+    """vLLM's own decode side."""
+    for rank in world.decode:
+        pulls = {"d1": world.meta(1, D_BLOCKS)}
+        pulls["d1"].pull_tasks_count = 1
+        address = world.addresses[rank.number]
+        await rank.worker.receive_kv_from_single_worker(address, pulls)
+
+
+def test_an_unpatched_decode_of_another_size_is_told_why(host, lines) -> None:
+    async def run() -> None:
+        async with World(host, 2, 1) as world:
+            await world.prefilled(1, P_BLOCKS)
+            await ask_unpatched(world)
+            assert not world.pulled(1)
+            assert world.untouched([])
+
+    asyncio.run(run())
+    assert "needs ascend-patch on both sides, and the decode server answers without" in lines.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"dtype": "bfloat16", "itemsize": 2}, "dtype of the cache: prefill has bfloat16"),
+        ({"block_size": 6}, "block size: prefill has 6, decode 4"),
+        ({"storage": "NZ"}, "storage of the cache: prefill has NZ, decode plain"),
+        ({"layout": "HND"}, ""),
+    ],
+    ids=str,
+)
+def test_what_the_sides_say_is_compared_before_anything_is_written(
+    host, changes, sentence, lines
+) -> None:
+    async def run() -> None:
+        async with World(host, 2, 1, retries=0) as world:
+            kv_ranks.with_side(world, **changes)
+            await world.prefilled(1, P_BLOCKS)
+            await world.pull(1, D_BLOCKS)
+            await wait_until(lambda: world.pulled(1))
+            if sentence:
+                assert invalid(world) == set(D_BLOCKS)
+                assert world.untouched([])
+            else:
+                assert not invalid(world)
+
+    asyncio.run(run())
+    assert sentence in lines.text
+
+
+def test_hnd_prefill_fills_nhd_decode(host) -> None:
+    async def run() -> None:
+        async with World(host, 2, 1, layout="NHD", prefill_layout="HND") as world:
+            await world.prefilled(1, P_BLOCKS)
+            await world.pull(1, D_BLOCKS)
+            await wait_until(lambda: world.pulled(1) and world.freed(1))
+            assert world.right(1, D_BLOCKS)
+
+    asyncio.run(run())
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    class Config:
+        kv_transfer_config: Any = None
+
+    def read(**extra: Any) -> Any:
+        Config.kv_transfer_config = type("T", (), {"kv_connector_extra_config": extra})
+        return kv_vllm.read_settings(Config, "engine")
+
+    pytest.importorskip("vllm", reason="vLLM is not installed here")
+    assert read(pull_retries=0, pull_timeout_s=3) == (0, 3.0)
+    for wrong in ({"pull_retries": -1}, {"pull_retries": "2"}, {"pull_timeout_s": 0}):
+        with pytest.raises(ValueError, match="of engine is"):
+            read(**wrong)
