@@ -26,7 +26,7 @@ def over_length(x, EPS: tl.constexpr):
 
 
 @triton.jit
-def _inverse(a, CHUNK: tl.constexpr, KIND: tl.constexpr):
+def inverse(a, CHUNK: tl.constexpr, KIND: tl.constexpr):
     """(I + a) inverted, for a strictly lower triangular; products of numbers rounded to KIND.
 
     Two inverted blocks b and c on the diagonal, and a block d of a below b: what stands there in
@@ -46,7 +46,7 @@ def _inverse(a, CHUNK: tl.constexpr, KIND: tl.constexpr):
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens",))
 def prepare_kernel(
     q,
     k,
@@ -141,7 +141,7 @@ def prepare_kernel(
         decay *= length_k[None, :]
     # What is j's part of a length is in decay, what is i's in the factor of a row.
     a = tl.dot(rows_k, tl.trans(rows_k)) * (into[:, None] * decay)
-    solve = _inverse(tl.where(i[:, None] > i[None, :], a, 0.0), CHUNK, SOLVE).to(kind)
+    solve = inverse(tl.where(i[:, None] > i[None, :], a, 0.0), CHUNK, SOLVE).to(kind)
     scaled = (rows_k.to(tl.float32) * (into * tl.exp(total))[:, None]).to(kind)
     w_at = w + first * (HV * K) + head * K + i[:, None] * (HV * K) + columns[None, :]
     tl.store(w_at, tl.dot(solve, scaled).to(kind), mask=valid[:, None])

@@ -27,8 +27,8 @@ QUICK = 3
 # Of the relative root mean square error, by the dtype of q, in which a kernel multiplies. Rounding
 # a result once is an error of 0.2 eps: 1.5e-3 in bfloat16, 1.9e-4 in float16. The state, what is
 # read of it, what is written to it and the scores are rounded too, each of which weighs about as
-# much as the result; float16 has more to spare, for the inverse of a chunk can be large. A forgotten
-# factor, chunk or state is an error of 1e-2 at the least.
+# much as the result; float16 has more to spare, for the inverse of a chunk can be large. What is
+# forgotten, a factor, a chunk or a state, is an error of 1e-2 at the least.
 LIMITS = {torch.bfloat16: 6e-3, torch.float16: 4e-3, torch.float32: 2e-5}
 
 
