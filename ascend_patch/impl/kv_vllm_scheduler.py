@@ -38,3 +38,17 @@ def build_connector_meta(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kw
         for request, meta in metas.items():
             meta.ascend_patch_tokens, meta.ascend_patch_cached = noted.pop(request, (None, None))
     return found
+
+
+def handle_invalid_blocks(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
+    """Scheduler._handle_invalid_blocks: a request that fails has no tokens of its cache counted.
+
+    The host reports -1 of them, which its counter of prompt tokens refuses: then the front end
+    ends, and every other request with it.
+    """
+    found = wrapped(*args, **kwargs)
+    for name in found or ():
+        request = instance.requests.get(name)
+        if request is not None and request.num_cached_tokens < 0:
+            request.num_cached_tokens = 0
+    return found

@@ -16,19 +16,24 @@ def _worker(name: str, replacement: str, *context: str) -> Target:
     return Target(f"{WORKER}.{name}", "host", f"{OURS}:{replacement}", context=context)
 
 
-def _load_errors(get_finished: str) -> Target:
-    return Target(
+# A transfer that fails: from the worker to the scheduler, and what it makes of it.
+FAILS = (
+    Target(
         f"{BASE}:KVConnectorBase_V1.get_block_ids_with_load_errors",
         "host",
         f"{OURS}:load_errors",
         context=(
-            get_finished,
             "vllm.v1.worker.kv_connector_model_runner_mixin:"
             "KVConnectorModelRunnerMixin._get_kv_connector_output",
-            "vllm.v1.core.sched.scheduler:Scheduler._update_from_kv_xfer_finished",
-            "vllm.v1.core.sched.scheduler:Scheduler._handle_invalid_blocks",
         ),
-    )
+    ),
+    Target(
+        "vllm.v1.core.sched.scheduler:Scheduler._handle_invalid_blocks",
+        "host",
+        f"{OURS}_scheduler:handle_invalid_blocks",
+        context=("vllm.v1.core.sched.scheduler:Scheduler._update_from_kv_xfer_finished",),
+    ),
+)
 
 
 # 0.16 to 0.18: each is replaced or wrapped for both roles.
@@ -73,7 +78,7 @@ PUSHES = (
         context=(f"{SCHEDULER}.get_num_new_matched_tokens", f"{SCHEDULER}.request_finished"),
     ),
     Target(f"{SCHEDULER}.build_connector_meta", "host", f"{OURS}_scheduler:build_connector_meta"),
-    _load_errors(f"{MOONCAKE}:MooncakeConnector.get_finished"),
+    *FAILS,
     Target(
         f"{BOOTSTRAP}:MooncakeBootstrapServer.start",
         "host",
@@ -102,7 +107,7 @@ REFUSES = (
         f"{EARLY_WORKER}.fetch_finished_recving_reqs",
     ),
     _early(f"{EARLY_WORKER}.send_kv_to_decode", f"{EARLY_WORKER}._sender_worker"),
-    _load_errors(f"{EARLY}:MooncakeConnector.get_finished"),
+    *FAILS,
 )
 
 # 0.19 to 0.29: they have any TP to any TP, and one mistake.
@@ -136,14 +141,4 @@ BANDS = (
         ">=0.30",
         retired="vLLM's own connector sends the first replica of each KV head (its #52516)",
     ),
-)
-
-UNTOUCHED = (
-    "vllm 0.11 and 0.12: they have no MooncakeConnector",
-    "vllm 0.13 to 0.15: equal TP sizes alone are moved; others are refused where both sides are "
-    "patched, and not noticed where the prefill server is not",
-    "vllm 0.16 to 0.18: pipeline parallelism, which the release refuses; models with several kinds "
-    "of cache (Mamba, sliding windows), which have several block lists",
-    "vllm 0.19 to 0.29: a transfer that fails still leaves its request waiting",
-    "vllm: NixlConnector, P2pNcclConnector, MoRIIO and the others",
 )
