@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens",))
 def carry_kernel(
     k,
     w,
@@ -34,6 +34,7 @@ def carry_kernel(
     k_stride,
     initial_stride,
     final_stride,
+    indices_stride,
     tokens,
     H: tl.constexpr,
     HV: tl.constexpr,
@@ -67,7 +68,7 @@ def carry_kernel(
 
     slot = sequence.to(tl.int64)
     if INDEXED:
-        slot = tl.load(state_indices + sequence).to(tl.int64)
+        slot = tl.load(state_indices + sequence * indices_stride).to(tl.int64)
     place = head * K * V + rows[:, None] * STATE_K + columns[None, :] * STATE_V
     kept = slot >= 0
     state = tl.zeros([K, COLUMNS], dtype=tl.float32)

@@ -36,7 +36,7 @@ def run(call: Call) -> None:
         *chunk_triton.carried(call),
         *(call.out, call.metadata.cu_seqlens),
         *(x.stride(0) for x in (call.q, call.k, call.out)),
-        *(0 if x is None else x.stride(0) for x in (call.initial, call.final)),
+        *chunk_triton.strides(call.initial, call.final, call.state_indices),
         call.scale,
         **chunk_triton.shared(call),
         **chunk_triton.state_constants(call),

@@ -81,7 +81,7 @@ def run(call: Call) -> None:
         *(call.k, w, u, left, lasts, states, call.initial, call.final),
         *carried(call),
         *(call.metadata.cu_seqlens, call.metadata.table(CHUNK).offsets, call.k.stride(0)),
-        *(0 if x is None else x.stride(0) for x in (call.initial, call.final)),
+        *strides(call.initial, call.final, call.state_indices),
         tokens,
         **sizes,
         **state_constants(call),
@@ -150,7 +150,12 @@ def carried(call: Call) -> tuple[Tensor | None, Tensor | None]:
     known = call.has_initial_state
     if call.state_indices is not None and known is None:
         known = torch.ones(len(call.starts) - 1, dtype=torch.bool, device=call.q.device)
-    return call.state_indices, known
+    return call.state_indices, None if known is None else known.contiguous()
+
+
+def strides(*tensors: Tensor | None) -> tuple[int, ...]:
+    """Between the entries of each; a model's slots are a column of its block table."""
+    return tuple(0 if x is None else x.stride(0) for x in tensors)
 
 
 def fresh(call: Call, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -18,7 +18,7 @@ import triton.language as tl
 from ascend_patch.kernels.gdn.prepare_kernel import over_length
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens",))
 def output_kernel(
     q,
     k,

@@ -37,6 +37,7 @@ def scan_kernel(
     o_stride,
     initial_stride,
     final_stride,
+    indices_stride,
     scale,
     H: tl.constexpr,
     HV: tl.constexpr,
@@ -69,7 +70,7 @@ def scan_kernel(
 
     slot = sequence.to(tl.int64)
     if INDEXED:
-        slot = tl.load(state_indices + sequence).to(tl.int64)
+        slot = tl.load(state_indices + sequence * indices_stride).to(tl.int64)
     place = head * K * V + rows[:, None] * STATE_K + columns[None, :] * STATE_V
     kept = slot >= 0
     state = tl.zeros([K, COLUMNS], dtype=tl.float32)

@@ -89,7 +89,10 @@ def make_inputs(case: Case, seed: int, device: str = "cpu") -> Inputs:
         carried = torch.rand(count, generator=generator) < 0.6
         found.before = normal(count + 3, *shape).to(getattr(torch, case.state_dtype)).to(device)
         arguments["state"] = found.before.clone()
-        arguments["state_indices"] = slots.to(torch.int32).to(device)
+        # A model's are a column of its block table.
+        table = torch.full((count, 3), count + 99, dtype=torch.int32)
+        table[:, 1] = slots
+        arguments["state_indices"] = table.to(device)[:, 1]
         arguments["has_initial_state"] = carried.to(device)
         found.slots, found.carried = slots.tolist(), carried.tolist()
     return found
