@@ -19,10 +19,10 @@ PATCH = Patch(
     watch={"vllm": _watch.KV_CONNECTOR, "vllm_ascend": _watch_ascend.KV_CONNECTOR},
     untouched=(
         "vllm 0.11 and 0.12: they have no MooncakeConnector",
-        "vllm 0.13 to 0.15: equal TP sizes alone are moved; others are refused where both sides are "
-        "patched, and not noticed where the prefill server is not",
-        "vllm 0.16 to 0.18: pipeline parallelism, which the release refuses; models with several kinds "
-        "of cache (Mamba, sliding windows), which have several block lists",
+        "vllm 0.13 to 0.15: equal TP sizes alone are moved; others are refused where both sides "
+        "are patched, and not noticed where the prefill server is not",
+        "vllm 0.16 to 0.18: pipeline parallelism, which the release refuses; models with several "
+        "kinds of cache (Mamba, sliding windows), which have several block lists",
         "vllm 0.19 to 0.29: a transfer that fails still leaves its request waiting",
         "vllm: NixlConnector, P2pNcclConnector, MoRIIO and the others",
     ),
