@@ -118,7 +118,7 @@ def layers(model: Any) -> Iterator[Layer]:
             hasattr(module, name)
             for name in ("A_log", "conv1d", "head_k_dim", "head_v_dim", "num_k_heads")
         )
-        weight = getattr(getattr(module, "conv1d", None), "weight", None)
+        weight: Any = getattr(getattr(module, "conv1d", None), "weight", None)
         known = isinstance(weight, torch.Tensor) and weight.dtype in selftest.LIMITS
         if not named or not known or weight.is_meta:
             continue

@@ -14,13 +14,22 @@ from types import ModuleType
 PACKAGE = "torchvision"
 
 
+class _Member(type):
+    """A class whose attributes are their own names: enumerations are keys of tables."""
+
+    def __getattr__(cls, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return name
+
+
 class _Names(ModuleType):
     """Any name that it is asked for is a class of its own."""
 
     def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (), {})
+        return _Member(name, (), {})
 
 
 class _Finder(MetaPathFinder, Loader):
