@@ -15,7 +15,7 @@ from gdn_decode_oracle import DecodeCase
 from ascend_patch.kernels import dispatch, gdn
 from ascend_patch.kernels.gdn import gating_triton, recurrent, recurrent_triton
 
-SIZES = {"key_heads": 1, "value_heads": 2}
+SIZES = {"key_heads": 2, "value_heads": 4}
 RAGGED = (1, 3, 0, 2)
 CASES = (
     DecodeCase(2, dtype="bfloat16", state_dtype="bfloat16", sliced=True, padded=(1,), **SIZES),

@@ -31,7 +31,7 @@ MODELS = (
     Path("vllm", "model_executor", "models", "qwen3_next.py"),
     Path("vllm", "model_executor", "layers", "mamba", "gdn_linear_attn.py"),
 )
-SIZES = {"key_heads": 1, "value_heads": 2}
+SIZES = {"key_heads": 2, "value_heads": 4}
 PLAIN = DecodeCase(3, **SIZES)
 PADDED = DecodeCase(3, padded=(0, 2), **SIZES)
 LENGTHS = DecodeCase(lengths=(1, 0, 1), **SIZES)

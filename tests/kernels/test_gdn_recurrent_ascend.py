@@ -1,0 +1,68 @@
+"""The decode kernels compiled for Ascend, and executed on x86 as Ascend lowers them.
+
+No NPU and no CANN is needed, but an interpreter with triton-ascend: ASCEND_TRITON_PYTHON names it
+(default: the one that runs the tests). ascend_offline.py says what to install there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed")
+
+HERE = Path(__file__).resolve().parent
+PYTHON = os.environ.get("ASCEND_TRITON_PYTHON", sys.executable)
+PROBE = "import importlib.util as u; assert u.find_spec('ascendnpuir') and u.find_spec('triton')"
+UNIFIED_BUFFER = 192 * 1024
+
+pytestmark = pytest.mark.slow
+
+
+def rows(*arguments: str, architecture: str = "Ascend910B3") -> dict:
+    if subprocess.run([PYTHON, "-c", PROBE], capture_output=True).returncode:
+        needed = "triton-ascend 3.2.0 and ascendnpu-ir 1.2.0"
+        pytest.skip(f"{needed} are not installed for {PYTHON} (ASCEND_TRITON_PYTHON)")
+    path = os.pathsep.join((str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")))
+    environment = {**os.environ, "PYTHONPATH": path, "TRITON_ASCEND_ARCH": architecture}
+    environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    script = [PYTHON, str(HERE / "gdn_decode_ascend.py"), *arguments]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])["rows"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "part", "count"),
+    [
+        ("Ascend910B3", "", 36),
+        ("Ascend910B1", "key_size=256 value_size=256", 12),
+        ("Ascend910B4", "key_size=256 value_size=256", 12),
+        ("Ascend910_9391", "key_size=256 value_size=256", 12),
+    ],
+)
+def test_every_case_compiles_and_fits(architecture: str, part: str, count: int) -> None:
+    found = rows("compile", part, architecture=architecture)
+    print(f"{max(found.values())} of {UNIFIED_BUFFER} bytes at most")
+    assert len(found) == count
+    # More than the tile of a state once, as read and as written: both of its buffers are there.
+    assert all(0 < bytes_used <= UNIFIED_BUFFER for bytes_used in found.values())
+    steps = [used for name, used in found.items() if not name.startswith("gates")]
+    assert min(steps) > 4 * 32 * 1024
+
+
+def test_lowered_kernels_execute_on_x86(seed: int) -> None:
+    for tool in ("/usr/lib/llvm-19/bin/mlir-translate", "/usr/lib/llvm-19/bin/llc", "gcc"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is missing (Debian: mlir-19-tools, llvm-19, gcc)")
+    found = rows("execute", str(seed))
+    print(found)
+    assert len(found) == 10
+    for case, error in found.items():
+        assert error < (2.0**-11 if "float16" in case else 2e-6), case
