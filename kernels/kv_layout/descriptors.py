@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,9 @@ from ascend_patch.kernels.kv_layout.plan import PULL, Piece, Plan
 from ascend_patch.kernels.kv_layout.topology import Topology
 
 Ints = npt.NDArray[np.int64]
+# Ranges of one call to the engine. Mooncake's TCP transport queues 2048 for a peer, those of other
+# threads included; one batch that does not fit fails, and all that come after it.
+MOST_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,13 @@ class Descriptors:
     def lists(self) -> tuple[list[int], list[int], list[int]]:
         """(local, remote, lengths), as Mooncake's batch_transfer_sync_read and _write take them."""
         return self.local.tolist(), self.remote.tolist(), self.lengths.tolist()
+
+    def batches(self, most: int = MOST_AT_ONCE) -> Iterator[tuple[list[int], list[int], list[int]]]:
+        """``lists`` in parts of at most ``most`` ranges, one after the other."""
+        whole = self.lists()
+        for first in range(0, len(self), most):
+            local, remote, lengths = (part[first : first + most] for part in whole)
+            yield local, remote, lengths
 
 
 @dataclass(frozen=True)

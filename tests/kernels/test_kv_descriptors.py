@@ -148,3 +148,15 @@ def test_uneven_blocks_and_many_of_them_are_quick():
     found = addresses(plan, pairs)
     assert len(found) == 1024 * 128
     assert time.perf_counter() - start < 5
+
+
+def test_batches_are_the_lists_in_parts():
+    plan = planned(topology(2, 4, 8))
+    pairs = kv_layout.match_blocks(plan.topology, [4, 5, 6], [1, 2, 3])
+    found = addresses(plan, pairs)
+    parts = list(found.batches(1000))
+    assert [len(part[0]) for part in parts] == [1000, 1000, 1000, 72]
+    joined = tuple(sum((part[i] for part in parts), []) for i in range(3))
+    assert joined == found.lists()
+    assert max(len(part[2]) for part in found.batches()) <= 256
+    assert list(addresses(plan, kv_layout.match_blocks(plan.topology, [4], [])).batches()) == []
