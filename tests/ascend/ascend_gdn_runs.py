@@ -17,7 +17,8 @@ PATCH = "gdn_attn"
 OPENING = f"""
 sys.path[1:1] = [{str(TESTS / "unit")!r}, {str(TESTS / "kernels")!r}]
 sys.modules["soundfile"] = None
-import no_vision
+if RELEASE[:4] in ("0.13", "0.18"):
+    import no_vision  # their patches import the models of images
 import json, torch, torch_npu, vllm
 from vllm.platforms import current_platform
 assert type(current_platform).__name__ == "NPUPlatform", current_platform
