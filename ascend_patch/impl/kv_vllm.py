@@ -175,6 +175,7 @@ async def _record(worker: Any, metadata: Any) -> None:
         if send is None:
             send = requests[transfer] = sender.new_request(transfer)
         send.p_req_id = request
+        sender.know(transfer)
         if blocks:
             send.local_block_ids = blocks
             send.expire_time = time.perf_counter() + envs.VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT

@@ -55,6 +55,7 @@ class Record:
         puller: The decode engine that it belongs to.
         expected: The decode ranks that are heard of before its blocks are freed.
         served: Those that were: rank -> whether they were pushed to (or gave up).
+        known: The host has had it.
         gone: Why its blocks are no longer there; empty while they are.
         jobs: The newest attempt of each decode rank.
     """
@@ -63,4 +64,5 @@ class Record:
     expected: tuple[int, ...] = ()
     served: dict[int, bool] = field(default_factory=dict)
     gone: str = ""
+    known: bool = False
     jobs: dict[int, Job] = field(default_factory=dict)

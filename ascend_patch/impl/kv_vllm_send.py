@@ -63,7 +63,7 @@ class Sender:
 
     async def _run(self, job: Job) -> None:
         try:
-            peer = kv_handshake.hear(job.ask.ascend_patch)
+            peer = self._hear(job)
             await self._tell(job, ACCEPTED)
             await self._serve(job, peer.side)
             await self._tell(job, DONE)
@@ -75,6 +75,12 @@ class Sender:
         if job.cancelled:
             for transfer, _ in job.ask.req_blocks.values():
                 self.serve(transfer, self._rank(job), job.state == DONE)
+
+    def _hear(self, job: Job) -> kv_handshake.Peer:
+        try:
+            return kv_handshake.hear(job.ask.ascend_patch)
+        except kv_handshake.HandshakeError as error:
+            raise PushError(str(error)) from error
 
     async def _serve(self, job: Job, decode: Side) -> None:
         (request, (transfer, blocks)), rank = (
@@ -120,7 +126,7 @@ class Sender:
     async def _ready(self, transfer: str, record: Record) -> Any:
         """The host's record of a request, once its blocks are computed."""
         requests = self.worker.reqs_need_send
-        if transfer not in requests and not record.gone:
+        if transfer not in requests and not (record.gone or record.known):
             # Decode may ask before the request comes; then the host finds what we make here.
             requests[transfer] = self.new_request(transfer)
         send = requests.get(transfer)
@@ -213,6 +219,10 @@ class Sender:
             job.stop(last=last)
         if last and (job is None or not job.writing):
             self.serve(transfer, rank, False)
+
+    def know(self, transfer: str) -> None:
+        """The host has this request: once it is gone, it does not come again."""
+        self.records.setdefault(transfer, Record()).known = True
 
     def abort(self, transfer: str, why: str) -> None:
         """A request that ended here without anything to send: who waits for it is told at once."""

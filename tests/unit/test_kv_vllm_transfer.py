@@ -236,6 +236,53 @@ def test_nobody_listening_is_found_out_and_the_address_is_asked_again(host, line
     assert f"the connection to {DEAD} was refused or ended" in lines.text
 
 
+def test_a_request_whose_blocks_expired_is_refused_at_once(host, lines) -> None:
+    async def run() -> None:
+        async with World(host, 2, 1, retries=0) as world:
+            await world.prefilled(1, P_BLOCKS)
+            for rank in world.prefill:
+                rank.worker.reqs_need_send["t1"].expire_time = 0.0
+                assert await rank.worker.fetch_finished_sending_reqs() == {"p1"}
+            await world.pull(1, D_BLOCKS)
+            await wait_until(lambda: world.pulled(1), 5)
+            assert invalid(world) == set(D_BLOCKS)
+            assert world.untouched([])
+            assert not world.prefill[0].worker.finished_sending_reqs
+
+    asyncio.run(run())
+    assert "its blocks were freed, because nobody fetched them" in lines.text
+
+
+def test_a_prefill_that_was_restarted_behind_the_same_port_is_noticed(host, lines) -> None:
+    async def run() -> None:
+        async with World(host, 2, 1, retries=0) as world:
+            for receiver in world.receivers:
+                receiver.repeat = 0.05
+            await world.pull(1, D_BLOCKS)
+            await asyncio.sleep(0.3)
+            old = getattr(world.prefill[0].worker, kv_vllm.SENDER)
+            new = kv_vllm_send.Sender(old.worker, old.side, "model", 10, old.new_request)
+            setattr(old.worker, kv_vllm.SENDER, new)
+            await wait_until(lambda: world.pulled(1), 5)
+            assert invalid(world) == set(D_BLOCKS)
+
+    asyncio.run(run())
+    assert "the prefill server was restarted meanwhile" in lines.text
+
+
+def test_an_engine_that_the_bootstrap_server_does_not_know_is_a_sentence(host, lines) -> None:
+    async def run() -> None:
+        async with World(host, 2, 1, retries=1) as world:
+            meta = world.meta(1, D_BLOCKS)
+            meta.remote_engine_id = "before-the-restart"
+            await world.receivers[0].start({"before-the-restart": {"d1": meta}})
+            await wait_until(lambda: world.pulled(1), 5)
+            assert invalid(world) == set(D_BLOCKS)
+
+    asyncio.run(run())
+    assert "knows no prefill server before-the-restart" in lines.text
+
+
 # Nothing listens there: the port belongs to no service.
 DEAD = "tcp://127.0.0.1:1"
 
