@@ -18,7 +18,11 @@ from torch import Tensor
 from ascend_patch.kernels import dispatch
 
 # Where suites are declared: modules with a tuple ``SUITES``.
-MODULES = ("ascend_patch.kernels.rope.selftest", "ascend_patch.kernels.gdn.selftest")
+MODULES = (
+    "ascend_patch.kernels.rope.selftest",
+    "ascend_patch.kernels.gdn.selftest",
+    "ascend_patch.kernels.kv_layout.selftest",
+)
 
 FP32_EPSILON = 2.0**-23
 # A small tensor is a small sample: a handful of elements says nothing about a share of 0.1 %.

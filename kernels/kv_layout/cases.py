@@ -74,7 +74,9 @@ def make_inputs(
     case: MergeCase, seed: int, device: str = "cpu", num_blocks: int | None = None
 ) -> tuple[list[Tensor], list[int], list[Tensor] | None]:
     """(caches, block_ids, staging): random bits, blocks in random order, NaN among the values."""
-    generator = torch.Generator(device).manual_seed(seed)
+    # Other devices' generators draw no bytes; and what is drawn there would be another case.
+    drawn_on = "cuda" if device.startswith("cuda") else "cpu"
+    generator = torch.Generator(drawn_on).manual_seed(seed)
     dtype = getattr(torch, case.dtype)
     total = case.blocks + 3 if num_blocks is None else num_blocks
 
@@ -83,10 +85,9 @@ def make_inputs(
         inner = 2 if case.combined else 1
         block = case.block_size * case.heads * case.width
         step = inner * block + case.gap
-        bits = torch.randint(
-            0, 256, (blocks * step, dtype.itemsize), generator=generator, device=device
-        )
-        flat = bits.to(torch.uint8).view(dtype).view(-1)
+        size = (blocks * step, dtype.itemsize)
+        bits = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator, device=drawn_on)
+        flat = bits.to(device).view(dtype).view(-1)
         shape = (blocks, *parts, case.block_size, case.heads, case.width)
         rows = (case.heads * case.width, case.width, 1)
         return flat.as_strided(shape, (step, *((block,) if parts else ()), *rows))

@@ -118,7 +118,7 @@ def test_a_file_that_cannot_be_written_is_said(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["--patch", "rotery"], "there are kernels for gdn_attn, rotary"),
+        (["--patch", "rotery"], "there are kernels for gdn_attn, kv_connector, rotary"),
         (["--case", "nope"], "there is no case 'nope'"),
         (["--device", "npu"], "sees no npu device here; leave --device out, or use"),
     ],
