@@ -70,39 +70,45 @@ def compare(arguments: argparse.Namespace, folder: str) -> int:
         print(f"{what}: {found['summary']}", flush=True)
         return found
 
+    def timed(found: dict[str, Any] | None, mode: str, patches: str, turn: int) -> None:
+        for name, seconds in (found["seconds"] if found else {}).items():
+            rows.append(
+                {
+                    "mode": mode,
+                    "dtype": "bfloat16",
+                    "patches": patches or "none",
+                    "round": turn,
+                    "what": name,
+                    "tokens_s": round(produced(name) / statistics.median(seconds), 1),
+                    "seconds_p50": round(statistics.median(seconds), 4),
+                    "seconds_max": round(max(seconds), 4),
+                    **(found["stalls"] if found and name == "prefill" else {}),
+                }
+            )
+
     for mode in arguments.modes:
-        plain, ours = one(mode, "float32", ""), one(mode, "float32", arguments.patches)
-        control = one(mode, "float32", arguments.patches, control=True)
+        plain, ours = one(mode, model.answers, ""), one(mode, model.answers, arguments.patches)
+        control = one(mode, model.answers, arguments.patches, control=True)
         if not (plain and ours and control):
             continue
         same, apart = agreement(plain, ours)
         control_same, control_apart = agreement(plain, control)
         print(f"  greedy tokens equal: {same:.1%}, log-probabilities apart {apart:.2e}")
         print(f"  {model.control}: {control_same:.1%}, apart {control_apart:.2e}", flush=True)
-        if same < 1:
+        if same < 1 and model.answers == "float32":
             wrong.append(f"{mode}: {1 - same:.1%} of the greedy tokens differ")
+        if apart * 3 > control_apart:
+            wrong.append(f"{mode}: {apart:.2e} apart, and the control no more than three times it")
         if control_same > 0.9:
             wrong.append(f"{mode}: the control answers the same; this model cannot tell")
         if not ours["kernels"]:
             wrong.append(f"{mode}: no kernel of ours was called")
-        rows.append({"mode": mode, "dtype": "float32", "what": "answers", "equal_tokens": same})
+        rows.append({"mode": mode, "dtype": model.answers, "what": "answers", "equal_tokens": same})
+        timed(plain, mode, "", -1)
+        timed(ours, mode, arguments.patches, -1)
         for turn in range(arguments.rounds):
             for patches in ("", arguments.patches):
-                found = one(mode, "bfloat16", patches)
-                for name, seconds in (found["seconds"] if found else {}).items():
-                    rows.append(
-                        {
-                            "mode": mode,
-                            "dtype": "bfloat16",
-                            "patches": patches or "none",
-                            "round": turn,
-                            "what": name,
-                            "tokens_s": round(produced(name) / statistics.median(seconds), 1),
-                            "seconds_p50": round(statistics.median(seconds), 4),
-                            "seconds_max": round(max(seconds), 4),
-                            **(found["stalls"] if name == "prefill" else {}),
-                        }
-                    )
+                timed(one(mode, "bfloat16", patches), mode, patches, turn)
     if arguments.out and rows:
         from _bench_rope import machine, write_csv
 

@@ -30,6 +30,8 @@ class Model:
         spoil: Makes a loaded model answer something else, as a patch's fault would.
         file: Where results go.
         settings: What vLLM is told besides.
+        answers: The dtype in which answers are compared: float32, in which greedy tokens must be
+            equal, where the kernels take it.
     """
 
     write: Callable[..., None]
@@ -37,6 +39,7 @@ class Model:
     spoil: Callable[[Any], None]
     file: str
     settings: dict[str, Any] = field(default_factory=dict)
+    answers: str = "float32"
 
 
 def write_qwen3(folder: Path, *, hidden: int, layers: int) -> None:
@@ -215,5 +218,6 @@ MODELS = {
             "additional_config": {"gdn_prefill_backend": "triton"},
             "limit_mm_per_prompt": {"image": 0, "video": 0},
         },
+        answers="bfloat16",
     ),
 }
