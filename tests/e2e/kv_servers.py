@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import random
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import _server
 import kv_models
 import logprobs
 from _disaggregated import Pair, Sizes
-from _server import Server
+from _server import Server, ServerError
 from _tiny_model import SPECIAL, make_tiny_model
 from server import READY_SECONDS, Lab
 
@@ -100,6 +103,72 @@ def at_once(server: Any, count: int) -> tuple[logprobs.Answer, ...]:
     asked = [prompt(LENGTHS[i % len(LENGTHS)] + i, seed=7) for i in range(count)]
     with ThreadPoolExecutor(count) as pool:
         return tuple(pool.map(lambda one: answer(server, one), asked))
+
+
+def abandon(pair: Pair, asked: tuple[int, ...], seconds: float) -> None:
+    """Ask decode for a request that was prefilled, and hang up."""
+    transfer = uuid.uuid4().hex
+    payload = {"model": "model", "prompt": list(asked), "temperature": 0, "max_tokens": STEPS}
+    asked_first = _disaggregated.prefill_payload(payload, transfer)
+    pair.prefill.post("/v1/completions", asked_first, SECONDS)
+    payload["kv_transfer_params"] = pair.decode_parameters(transfer)
+    connection = http.client.HTTPConnection(_server.HOST, pair.decode.port, timeout=SECONDS)
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/completions", json.dumps(payload), headers)
+    time.sleep(seconds)
+    connection.close()
+
+
+@dataclass
+class Storm:
+    """What became of requests under faults.
+
+    Attributes:
+        right: Answered as one server answers.
+        wrong: The largest difference of the others that were answered.
+        failed: Answered with an error.
+        abandoned: Nobody waited for an answer.
+        slowest: Seconds of the slowest answer.
+    """
+
+    right: int = 0
+    wrong: list[float] = field(default_factory=list)
+    failed: int = 0
+    abandoned: int = 0
+    slowest: float = 0.0
+
+
+def storm(pair: Pair, faults: Path, count: int, tolerance: float) -> Storm:
+    """Ask for so many requests, eight at a time, while the faults change and clients hang up."""
+    kinds = ("messages", "refuse", "")
+    lead = answers(pair.prefill, (40, 130, 260), seed=3)
+    found = Storm()
+
+    def one(number: int) -> None:
+        if number % 4 == 0:
+            (faults / "fault").write_text(kinds[number // 4 % len(kinds)])
+        wanted = lead[number % len(lead)]
+        if number % 5 == 4:
+            abandon(pair, wanted.prompt, 0.01 * (number % 7))
+            found.abandoned += 1
+            return
+        began = time.monotonic()
+        try:
+            said = answer(Asked(pair), wanted.prompt)
+        except ServerError:
+            found.failed += 1
+        else:
+            worst = logprobs.compare(*logprobs.until_parted((wanted,), (said,))).worst
+            if worst <= tolerance:
+                found.right += 1
+            else:
+                found.wrong.append(worst)
+        found.slowest = max(found.slowest, time.monotonic() - began)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(one, range(count)))
+    (faults / "fault").write_text("")
+    return found
 
 
 def blocks_are_free(server: Server, seconds: float = 20) -> bool:

@@ -23,6 +23,8 @@ TOLERANCE = 1e-4
 # How much more than the tolerance swapped heads must show, for the comparison to mean anything.
 POWER = 10
 MIXED = 16
+STORM, MANY = 20, 200
+QUICK = (("pull_timeout_s", 20), ("pull_retries", 3))
 slow = pytest.mark.slow
 
 DOWN, UP, SAME, TWO = Sizes(2, 1), Sizes(1, 2), Sizes(1, 1), Sizes(2, 2)
@@ -91,7 +93,26 @@ def test_a_pair_says_what_one_server_says(transfers, setup, measured) -> None:
             wrong = logprobs.compare(alone, swapped).worst
             measured.append(f"{setup.name()}, two heads swapped: {wrong:.2g} apart")
             assert wrong > POWER * TOLERANCE
-        (faults / "fault").write_text("")
+        storm = kv_servers.storm(pair, faults, STORM, TOLERANCE)
+        measured.append(f"{setup.name()}, {STORM} requests under faults: {storm}")
+        assert not storm.wrong
+        assert storm.right + storm.failed + storm.abandoned == STORM
+        assert storm.right >= STORM // 2
+        assert storm.slowest < SECONDS
+        assert kv_servers.blocks_are_free(pair.decode)
+        assert kv_servers.blocks_are_free(pair.prefill)
+
+
+@slow
+def test_two_hundred_requests_under_faults(transfers, measured) -> None:
+    setup = Transfer(DOWN, kv_heads=4, emulated=True, policy="recompute", extra=QUICK)
+    with transfers.pair(setup) as (pair, faults):
+        storm = kv_servers.storm(pair, faults, MANY, TOLERANCE)
+        measured.append(f"{setup.name()}, {MANY} requests under faults: {storm}")
+        # Nothing fails here: what does not arrive is computed.
+        assert (storm.wrong, storm.failed) == ([], 0)
+        assert storm.right + storm.abandoned == MANY
+        assert storm.slowest < SECONDS
         assert kv_servers.blocks_are_free(pair.decode)
         assert kv_servers.blocks_are_free(pair.prefill)
 

@@ -6,6 +6,7 @@ time; anything else changes nothing.
 
 swap: two KV heads of each pulled block change places, once everything has arrived.
 messages: of each three control messages one is lost and one comes twice.
+refuse: each third push fails, as Mooncake's engine does where it loses its connection.
 hold: a push stops half-way, for as long as this is the fault; `writing-RANK` appears meanwhile.
 """
 
@@ -16,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-SWAP, MESSAGES, HOLD = "swap", "messages", "hold"
+SWAP, MESSAGES, REFUSE, HOLD = "swap", "messages", "refuse", "hold"
 
 
 def install() -> None:
@@ -63,9 +64,13 @@ def losing(send: Any, folder: Path) -> Any:
 def holding(init: Any, folder: Path) -> Any:
     def hold(sender: Any, worker: Any, *args: Any) -> None:
         init(sender, worker, *args)
-        push = worker._send_blocks
+        push, count = worker._send_blocks, 0
 
         def push_halves(session: str, local: list, remote: list, lengths: list) -> int:
+            nonlocal count
+            count += 1
+            if read(folder) == REFUSE and count % 3 == 0:
+                return -1
             if read(folder) != HOLD:
                 return push(session, local, remote, lengths)
             half = len(local) // 2
