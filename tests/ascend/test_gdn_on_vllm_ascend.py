@@ -7,7 +7,7 @@ float16, what is wrong is off by a tenth and more.
 from __future__ import annotations
 
 import pytest
-from ascend_gdn_runs import RELEASES, both
+from ascend_gdn_runs import RELEASES, both, run
 
 pytestmark = pytest.mark.slow
 
@@ -48,3 +48,77 @@ def test_decode_reads_them_where_k_and_v_differ(release):
     unpatched, patched = both(release, "qwen3_next: sizes of K and V")
     assert max(unpatched["errors"]) < RIGHT
     assert max(patched["errors"]) < RIGHT
+
+
+@ALL
+def test_requests_that_pad_a_batch(release, kind):
+    unpatched, patched = both(release, f"{kind}: padded")
+    assert max(patched["errors"]) < RIGHT
+    assert patched["layer"] == patched["builder"] == [{}] * 3
+    if "0.13.0" in release:
+        # Its convolution has no kernel for no tokens.
+        assert "Only zero batch or zero channel inputs are supported" in unpatched["fault"]
+    else:
+        assert max(unpatched["errors"]) < RIGHT
+
+
+@ALL
+def test_an_empty_sequence_in_the_middle(release, kind):
+    unpatched, patched = both(release, f"{kind}: an empty sequence in the middle")
+    assert max(patched["errors"]) < RIGHT
+    assert patched["layer"] == patched["builder"] == [{}] * 3
+    assert bool(unpatched["fault"]) == ("0.13.0" in release)
+
+
+@ALL
+def test_drafts_beside_a_prompt_are_the_release_s_own(release, kind):
+    unpatched, patched = both(release, f"{kind}: drafts beside a prompt")
+    assert max(unpatched["errors"]) < RIGHT
+    assert max(patched["errors"]) < RIGHT
+    assert patched["layer"] == patched["builder"] == [{}] * 4
+    assert sum(unpatched["builder"][1].values()) >= 6, "what is to be mended is not there"
+
+
+CONTROLS = """
+import ascend_gdn, ascend_gdn_cases
+from ascend_patch.impl import gdn_ascend, gdn_ascend_metadata, gdn_metadata
+LAYOUT = ascend_gdn_cases.LAYOUTS[RELEASE[:4]]["qwen3_next"]
+
+def report(name="decode", **sizes):
+    return ascend_gdn_cases.report("qwen3_next", LAYOUT, name, SEED, **sizes)
+
+found = {"right": report(**ascend_gdn_cases.SQUARE)}
+forward = gdn_ascend._forward_core
+other = "KV" if LAYOUT == "VK" else "VK"
+gdn_ascend._forward_core = lambda w, l, r, layout, *a: forward(w, l, r, other, *a)
+found["the other layout"] = report(**ascend_gdn_cases.SQUARE)
+gdn_ascend._forward_core = forward
+# No kernel takes the step: the release's own runs, and reads the device.
+serves, gdn_ascend.served.serves = gdn_ascend.served.serves, lambda *_: False
+found["nothing serves"] = report("chunks of prompts")
+gdn_ascend.served.serves = serves
+# Nothing is known of the batch on the host.
+know, gdn_ascend_metadata._know = gdn_ascend_metadata._know, lambda *_: None
+found["nothing known"] = report("chunks of prompts")
+gdn_ascend_metadata._know = know
+found["again"] = report("chunks of prompts")
+import ascend_patch
+ascend_patch.revert("gdn_attn")
+found["reverted"] = report("chunks of prompts")
+print(json.dumps([found, patch()]))
+"""
+
+
+@pytest.mark.parametrize("release", ["0.13.0", "0.18.0"])
+def test_controls_and_undo(release):
+    found, state = run(release, CONTROLS)
+    print(found)
+    assert max(found["right"]["errors"]) < RIGHT
+    assert max(found["the other layout"]["errors"]) > WRONG
+    for name in ("nothing serves", "reverted"):
+        assert max(found[name]["errors"]) < RIGHT
+        assert all(sum(step.values()) >= 2 for step in found[name]["layer"])
+    read = [sum(step.values()) for step in found["nothing known"]["layer"]]
+    assert read == ([2, 2] if release == "0.18.0" else [0, 0])
+    assert found["again"]["layer"] == found["again"]["builder"] == [{}, {}]
+    assert state["state"] == "reverted"
