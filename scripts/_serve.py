@@ -23,6 +23,8 @@ from _system import SetupError, say
 
 PROMPT = "The people know how to make"
 LOG_LINES = 40
+# Kinds of _tiny_weights, by family; of GDN models the one whose sizes every release takes.
+TINY = {"qwen3": "qwen3", "qwen3-next": "qwen3-next-square"}
 STATUS_SECONDS = 120
 # Ours to say, whatever the caller's shell holds: the shim joins a run that it finds announced.
 NOT_INHERITED = ("ASCEND_PATCHES_RUN", "PYTHONDONTWRITEBYTECODE", "PYTHONHOME")
@@ -35,7 +37,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description=__doc__.partition("\n\n")[2],
         usage="%(prog)s [options] [-- vLLM's own arguments]",
     )
-    parser.add_argument("--model", help="a model's folder; a tiny random Qwen3 if not given")
+    parser.add_argument("--model", help="a model's folder; a tiny random one if not given")
+    parser.add_argument("--tiny", choices=TINY, default="qwen3", help="which one (%(default)s)")
     parser.add_argument("--keep", action="store_true", help="go on serving until Ctrl-C")
     parser.add_argument("--port", type=int, help="default: a free one")
     parser.add_argument("--prompt", default=PROMPT)
@@ -53,17 +56,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def tiny_model(env: _env.Environment) -> Path:
-    """Return the tiny model, made with the environment's own torch when it is first needed."""
+def tiny_model(env: _env.Environment, kind: str) -> Path:
+    """Return a tiny model, made with the environment's own torch when it is first needed."""
     script = _env.SCRIPTS / "_tiny_model.py"
-    sources = [script, *(_env.SCRIPTS / f"_tiny_{name}.py" for name in ("draw", "weights"))]
-    folder = _env.cache_root() / "models" / f"tiny-qwen3-{_env.digest_of(sources)[:8]}"
+    sources = sorted(_env.SCRIPTS.glob("_tiny_*.py"))
+    folder = _env.cache_root() / "models" / f"tiny-{kind}-{_env.digest_of(sources)[:8]}"
     with _env.locked(folder):
         if not (folder / "config.json").exists():
-            say(f"making a tiny random Qwen3 in {folder}")
+            say(f"making a tiny random {kind} in {folder}")
             variables = server_variables(env) | {"ASCEND_PATCHES": ""}
             done = subprocess.run(
-                [str(env.python), str(script), str(folder)],
+                [str(env.python), str(script), str(folder), "--kind", kind],
                 cwd=_env.cache_root(),
                 env=variables,
                 capture_output=True,
@@ -138,7 +141,7 @@ def serve(args: argparse.Namespace) -> None:
     env = _env.prepare(device=args.device, release=args.release)
     arguments = list(args.vllm)
     if args.model is None:
-        model = str(tiny_model(env))
+        model = str(tiny_model(env, TINY[args.tiny]))
         # Nothing to gain from compiling a tiny model, and a minute to lose.
         arguments = ["--enforce-eager", "--max-model-len", "2048", *arguments]
     else:
