@@ -21,6 +21,13 @@ _PRIORITY = 10
 # Elements of a state that a program holds in float32: on an NPU 32 KiB of the 192 of unified
 # buffer, for the products need as much again.
 _NPU_ELEMENTS = 1 << 13
+# CUDA: elements of a program's part of a state, by layout and by whether there are few states. One
+# warp each, so that products are summed without a barrier. Small parts keep the device busy where
+# there are few; in KV the rows of a part are short runs of memory, and longer with more elements.
+_ELEMENTS = {("VK", True): 1024, ("VK", False): 2048, ("KV", True): 1024, ("KV", False): 4096}
+_FEW_STATES = 512
+# Bytes that memory is read in: no row of a part is shorter.
+_SECTOR = 32
 
 
 @dataclass(frozen=True)
@@ -33,21 +40,14 @@ class Tiles:
 
 def tiles(call: RecurrentCall, kind: str) -> Tiles:
     """The table: by layout, sizes and how many states there are, on a `cuda` or `npu`."""
-    size, width = call.k.shape[2], call.v.shape[2]
+    size, width = int(call.k.shape[2]), int(call.v.shape[2])
     if kind == "npu":
         return Tiles(min(width, _NPU_ELEMENTS // size))
-    # One warp each: products are summed within a warp, without a barrier. Where there are few
-    # states small parts of them keep the device busy.
     few = call.requests * call.v.shape[1] <= _FEW_STATES
-    elements = _FEW_ELEMENTS if few else _MANY_ELEMENTS
-    # In KV a part is a column of short rows in memory: not shorter than a sector of 32 bytes.
-    least = 8 if call.state_layout == "VK" else 32 // call.state.element_size()
-    return Tiles(max(least, elements // size))
-
-
-_FEW_STATES = 512
-_FEW_ELEMENTS = 1024
-_MANY_ELEMENTS = 2048
+    columns = _ELEMENTS[call.state_layout, few] // size
+    if call.state_layout == "KV":
+        columns = max(columns, _SECTOR // call.state.element_size())
+    return Tiles(min(width, columns))
 
 
 def supports(call: RecurrentCall) -> tuple[bool, str]:

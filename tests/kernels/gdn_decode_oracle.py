@@ -99,11 +99,11 @@ def make_decode(case: DecodeCase, seed: int, device: str = "cpu") -> DecodeInput
     slots = torch.randperm(count * width + 5, generator=generator)[: count * width]
     slots = slots.reshape(count, width)
     slots[list(case.padded)] = -1
-    rows = torch.cat((slots, torch.full((case.rows, width), -1)))
-    indices = (
-        rows.to(torch.int32).to(device) if case.width else rows.to(torch.int32).to(device)[:, 0]
-    )
-    arguments["state_indices"] = indices
+    rows = torch.cat((slots, torch.full((case.rows, width), -1))).to(torch.int32).to(device)
+    if case.sliced:
+        # In vLLM they are columns of a table of blocks; what is between them is not ours.
+        rows = torch.stack((rows, torch.zeros_like(rows)), 2).flatten(1)[:, ::2]
+    arguments["state_indices"] = rows if case.width else rows[:, 0]
     begins = [0] * count
     if case.width and case.accepted:
         accepted = torch.randint(1, width + 1, (count + case.rows,), generator=generator)
