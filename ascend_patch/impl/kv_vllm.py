@@ -18,7 +18,10 @@ Wrapped = Callable[..., Any]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
-SENDER, RECEIVER, SETTINGS = (f"ascend_patch_{one}" for one in ("sender", "receiver", "settings"))
+SENDER, RECEIVER, SETTINGS, LOCKS = (
+    f"ascend_patch_{one}" for one in ("sender", "receiver", "settings", "locks")
+)
+RANGES = 1024
 RETRIES, TIMEOUT = "pull_retries", "pull_timeout_s"
 DEFAULT_RETRIES = 2
 READY_S = 120.0
@@ -150,6 +153,38 @@ async def _answer(wrapped: Wrapped, worker: Any, identity: bytes, sock: Any, met
         # What the host makes an answer of, and the decode server logs.
         ratio = f"prefill TP {worker.tp_size} -> decode TP {meta.remote_tp_size}"
         raise ValueError(kv_handshake.both_sides(ratio, "decode"))
+
+
+def send_blocks(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> int:
+    """MooncakeConnectorWorker._send_blocks: over TCP no more ranges at once than the engine takes.
+
+    Where its queue for a peer is full (4096 ranges in Mooncake 0.3.13), a batch fails, and so do
+    all that follow to that peer.
+    """
+    extra = instance.vllm_config.kv_transfer_config.kv_connector_extra_config
+    if extra.get("mooncake_protocol", "rdma") != "tcp":
+        code: int = wrapped(*args, **kwargs)
+        return code
+    return _in_parts(wrapped, instance, *args, **kwargs)
+
+
+def _in_parts(
+    wrapped: Wrapped,
+    worker: Any,
+    remote_session: str,
+    src_ptrs: list[int],
+    dst_ptrs: list[int],
+    lengths: list[int],
+) -> int:
+    # Pushes of several threads to one peer share its queue.
+    locks = worker.__dict__.setdefault(LOCKS, {})
+    with locks.setdefault(remote_session, threading.Lock()):
+        for first in range(0, len(lengths), RANGES):
+            part = slice(first, first + RANGES)
+            code: int = wrapped(remote_session, src_ptrs[part], dst_ptrs[part], lengths[part])
+            if code != 0:
+                return code
+    return 0
 
 
 def start_load_kv(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Awaitable[None]:

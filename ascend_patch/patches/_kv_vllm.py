@@ -59,9 +59,9 @@ PUSHES = (
         f"{MOONCAKE}:SendBlockMeta",
         f"{WORKER}._sender_worker",
         f"{WORKER}._build_transfer_params",
-        f"{WORKER}._send_blocks",
         f"{WORKER}.fetch_finished_sending_reqs",
     ),
+    _worker("_send_blocks", "send_blocks"),
     _worker("record_send_reqs", "record_send_reqs", f"{MOONCAKE}:MooncakeConnectorMetadata"),
     _worker(
         "_start_load_kv",

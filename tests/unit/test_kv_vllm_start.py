@@ -34,6 +34,31 @@ def test_a_free_port_starts_the_host_s_server() -> None:
     assert started == [1, 2]
 
 
+@pytest.mark.parametrize(("protocol", "most"), [("tcp", kv_vllm.RANGES), ("rdma", 3000)])
+def test_no_more_ranges_at_once_than_a_tcp_peer_takes(protocol, most) -> None:
+    extra = {"mooncake_protocol": protocol}
+    transfer = SimpleNamespace(kv_connector_extra_config=extra)
+    worker = SimpleNamespace(vllm_config=SimpleNamespace(kv_transfer_config=transfer))
+    sent: list[tuple[int, int, int]] = []
+    sizes: list[int] = []
+    codes = [0] * 10
+
+    def push(session: str, local: list[int], remote: list[int], lengths: list[int]) -> int:
+        assert session == "peer:1"
+        sizes.append(len(lengths))
+        sent.extend(zip(local, remote, lengths, strict=True))
+        return codes.pop(0)
+
+    ranges = [list(range(n, n + 3000)) for n in (0, 5000, 10000)]
+    assert kv_vllm.send_blocks(push, worker, ("peer:1", *ranges), {}) == 0
+    assert sent == list(zip(*ranges, strict=True))
+    assert max(sizes) == most
+    sent.clear()
+    codes[:2] = [-1, 0]
+    assert kv_vllm.send_blocks(push, worker, ("peer:1", *ranges), {}) == -1
+    assert len(sent) == most
+
+
 def test_the_workers_learn_the_prompt_s_length_and_what_of_it_is_cached() -> None:
     cache = SimpleNamespace(block_size=16)
     scheduler: Any = SimpleNamespace(
