@@ -41,7 +41,7 @@ def run(call: Call) -> None:
     from ascend_patch.kernels.gdn.conv_kernel import conv_kernel
 
     tiles = _tiles(conv_tiles.prefill_tiles, call)
-    values, constants = arguments(call, tiles)
+    values, constants = arguments(call, tiles, call.x.device.type)
     if values[CHUNKS]:
         _launch(conv_kernel, values[CHUNKS], call, tiles, values, constants)
 
@@ -51,20 +51,22 @@ def run_update(call: UpdateCall) -> None:
     from ascend_patch.kernels.gdn.conv_update_kernel import conv_update_kernel
 
     tiles = _tiles(conv_tiles.update_tiles, call)
-    values, constants = update_arguments(call, tiles)
+    values, constants = update_arguments(call, tiles, call.x.device.type)
     if call.sequences and call.x.shape[0]:
         _launch(conv_update_kernel, call.sequences, call, tiles, values, constants)
 
 
-def arguments(call: Call, tiles: conv_tiles.Tiles) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What ``conv_kernel`` is launched or compiled with: (values, constants by name)."""
+def arguments(
+    call: Call, tiles: conv_tiles.Tiles, kind: str
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What ``conv_kernel`` is launched or compiled with, by device type: (values, constants)."""
     sequences = call.starts.shape[0] - 1
     table = None if call.metadata is None else call.metadata.table(CHUNK).indices
     # Without a table, numbers are given out by the whole chunks before a sequence and one for each.
     chunks = call.x.shape[0] // CHUNK + sequences if table is None else table.shape[0]
     chunks = chunks if sequences else 0
     state = call.conv_state
-    weight, four = _weight(call)
+    weight, four = _weight(call, kind)
     values = (
         call.x,
         weight,
@@ -99,18 +101,18 @@ def arguments(call: Call, tiles: conv_tiles.Tiles) -> tuple[tuple[Any, ...], dic
         "TABLE": table is not None,
         "FILL": call.fill,
         "ROLLS": tiles.rolls,
-        "BARRIER": call.x.device.type == "cuda",
+        "BARRIER": kind == "cuda",
     }
     return values, constants
 
 
 def update_arguments(
-    call: UpdateCall, tiles: conv_tiles.Tiles
+    call: UpdateCall, tiles: conv_tiles.Tiles, kind: str
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What ``conv_update_kernel`` is launched or compiled with: (values, constants by name)."""
+    """What ``conv_update_kernel`` is launched or compiled with: (values, constants)."""
     some = _or(call.state_indices, call.conv_state)
     accepted = call.num_accepted_tokens
-    weight, four = _weight(call)
+    weight, four = _weight(call, kind)
     values = (
         call.x,
         call.conv_state,
@@ -141,7 +143,7 @@ def update_arguments(
         "ACCEPTED": accepted is not None,
         "RAGGED": call.starts is not None,
         "FILL": call.fill,
-        "BARRIER": call.x.device.type == "cuda",
+        "BARRIER": kind == "cuda",
     }
     return values, constants
 
@@ -159,7 +161,7 @@ def _tiles(choose: Any, call: Call | UpdateCall) -> conv_tiles.Tiles:
     return tiles
 
 
-def _weight(call: Call | UpdateCall) -> tuple[Tensor, bool]:
+def _weight(call: Call | UpdateCall, kind: str) -> tuple[Tensor, bool]:
     """The weight as a kernel reads it, and whether four taps of a channel lie together.
 
     A run of memory is read in one piece and taken apart. Other taps that lie together are turned
@@ -168,7 +170,7 @@ def _weight(call: Call | UpdateCall) -> tuple[Tensor, bool]:
     weight = call.weight
     if tuple(weight.stride()) == (4, 1) and weight.shape[1] == 4:
         return weight, True
-    if call.x.device.type == "npu" and weight.stride(0) != 1:
+    if kind == "npu" and weight.stride(0) != 1:
         weight = weight.t().contiguous().t()
     return weight, False
 
