@@ -111,7 +111,7 @@ def test_prefill(taken: Any, tmp_path: Path, width: int, table: bool) -> None:
     tiles = conv_tiles.prefill_tiles(8192, 2, "cuda")
     values, constants = conv_triton.arguments(taken[0], tiles, "cuda")
     compiled = compile_for(conv_kernel, values, constants, tiles.warps)
-    # Of 8 elements each: so many for a tile, once for each tap; the first tile's from the state too.
+    # Of 8 elements each: a tile once for each tap, the first from the state too.
     each = tiles.tile * tiles.channels // (32 * tiles.warps * 8)
     check(compiled, tmp_path, (2 * width - 1) * each, each)
 
