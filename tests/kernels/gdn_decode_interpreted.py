@@ -15,10 +15,11 @@ from gdn_decode_oracle import DecodeCase
 from ascend_patch.kernels import dispatch, gdn
 from ascend_patch.kernels.gdn import gating_triton, recurrent, recurrent_triton
 
-SIZES = {"key_heads": 2, "value_heads": 4}
+SIZES = {"key_heads": 1, "value_heads": 2}
+GROUPS = {"key_heads": 2, "value_heads": 4}
 RAGGED = (1, 3, 0, 2)
 CASES = (
-    DecodeCase(2, dtype="bfloat16", state_dtype="bfloat16", sliced=True, padded=(1,), **SIZES),
+    DecodeCase(2, dtype="bfloat16", state_dtype="bfloat16", sliced=True, padded=(1,), **GROUPS),
     DecodeCase(2, layout="KV", raw=False, dtype="float16", **SIZES),
     DecodeCase(lengths=RAGGED, width=3, sliced=True, tail=1, rows=1, **SIZES),
     DecodeCase(lengths=RAGGED, width=2, layout="KV", accepted=False, padded=(0,), **SIZES),
