@@ -27,7 +27,7 @@ from ascend_patch.kernels.gdn import ChunkMetadata, chunk, chunk_gated_delta_rul
 QWEN3_NEXT = "vllm_ascend.patch.worker.patch_qwen3_next"
 QWEN3_5 = "vllm_ascend.patch.worker.patch_qwen3_5"
 PAD_SLOT = -1
-SERVED = "ascend_patch_served"
+KNOWN = "ascend_patch_known"
 
 
 @dataclass(frozen=True)
@@ -70,37 +70,40 @@ class Prefill:
         weight: Tensor = self.layer.conv1d.weight.flatten(1)
         return weight
 
-    def serves_chunk(self, rows: Rows) -> bool:
+    def no_chunk(self, rows: Rows) -> str:
+        """Why no kernel of the chunked rule takes it; empty where one does."""
         call = served.chunk_call(
             rows.mixed, rows.out, rows.b.dtype, self.chunks, self.cache[1], self.state_layout,
             self.indices, self.carried,
         )  # fmt: skip
-        return served.serves(chunk.OPERATOR, rows.mixed.device, call)
+        return served.refusal(chunk.OPERATOR, rows.mixed.device, call)
 
-    def serves_conv(self, rows: Rows) -> bool:
+    def no_conv(self, rows: Rows) -> str:
+        """The same of the convolution."""
         call = served.conv_call(
             rows.mixed, self.conv_weight, self.layer.conv1d.bias, bool(self.layer.activation),
             self.chunks, self.cache[0].transpose(-1, -2), self.indices, self.carried,
         )  # fmt: skip
-        return served.serves(conv.OPERATOR, rows.mixed.device, call)
+        return served.refusal(conv.OPERATOR, rows.mixed.device, call)
 
 
 Part = Callable[[Prefill, Rows], None]
+Refusal = Callable[[Prefill, Rows], str]
 
 
 def qwen3_next_0_13(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
     """`_forward_core` of 0.13.0, whose states are [K, V]."""
 
-    def serves(step: Prefill, rows: Rows) -> bool:
-        return step.serves_chunk(rows) and step.serves_conv(rows)
+    def refusal(step: Prefill, rows: Rows) -> str:
+        return step.no_chunk(rows) or step.no_conv(rows)
 
-    _forward_core(wrapped, instance, _rows(*args, **kwargs), "KV", serves, _bundled)
+    _forward_core(wrapped, instance, _rows(*args, **kwargs), "KV", refusal, _bundled)
 
 
 def qwen3_next_0_18(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
     """`_forward_core` of 0.18.0, Qwen3-Next, whose states are [V, K]."""
     rows = _rows(*args, **kwargs)
-    _forward_core(wrapped, instance, rows, "VK", Prefill.serves_chunk, _with_ascendc)
+    _forward_core(wrapped, instance, rows, "VK", Prefill.no_chunk, _with_ascendc)
 
 
 def qwen3_5_0_18(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
@@ -113,7 +116,7 @@ def qwen3_5_0_18(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
             importlib.import_module(QWEN3_5).maybe_save_kv_layer_to_connector("", [])
 
     rows = _rows(*args, **kwargs)
-    _forward_core(wrapped, instance, rows, "KV", Prefill.serves_chunk, part)
+    _forward_core(wrapped, instance, rows, "KV", Prefill.no_chunk, part)
 
 
 def _forward_core(
@@ -121,14 +124,14 @@ def _forward_core(
     layer: Any,
     rows: Rows,
     state_layout: str,
-    serves: Callable[[Prefill, Rows], bool],
+    refusal: Refusal,
     part: Part,
 ) -> None:
     from vllm.forward_context import get_forward_context
 
     context = get_forward_context()
     step = _step(layer, context, state_layout)
-    if step is None or not _is_served(step, rows, serves):
+    if step is None or not _is_served(step, rows, refusal):
         wrapped(rows.mixed, rows.b, rows.a, rows.out)
         return
     metadata = step.metadata
@@ -172,13 +175,22 @@ def _step(layer: Any, context: Any, state_layout: str) -> Prefill | None:
     return Prefill(layer, metadata, chunks, (conv_state, ssm_state), indices, carried, state_layout)
 
 
-def _is_served(step: Prefill, rows: Rows, serves: Callable[[Prefill, Rows], bool]) -> bool:
-    """Asked once a step: its layers look alike, and those that do not have names of their own."""
-    known: dict[Any, bool] = step.metadata.__dict__.setdefault(SERVED, {})
+def _is_served(step: Prefill, rows: Rows, refusal: Refusal) -> bool:
+    """Asked once a step: its layers look alike, and those that do not have sizes of their own."""
+    known = _of_step(step.metadata)
     key = (step.cache[1].shape[1:], rows.mixed.shape[1], rows.mixed.dtype, step.state_layout)
     if key not in known:
-        known[key] = serves(step, rows)
-    return known[key]
+        reason = refusal(step, rows)
+        known[key] = not reason
+        if reason:
+            gdn_metadata.note(f"prefill of some layers is the release's own: {reason}")
+    return bool(known[key])
+
+
+def _of_step(metadata: Any) -> dict[Any, Any]:
+    """What the step's first layer finds out for the others."""
+    found: dict[Any, Any] = metadata.__dict__.setdefault(KNOWN, {})
+    return found
 
 
 def _choose(rows: Rows, index: Tensor, part: Callable[[Rows], None]) -> None:

@@ -55,7 +55,7 @@ def _on_a_kernel(
         (1, value.shape[2], key.shape[3], value.shape[3]), dtype=torch.float32, device="meta"
     )
     call = served.chunk_call(mixed, value[0], beta.dtype, chunks, state, "KV", None, None)
-    if not served.serves(chunk.OPERATOR, device, call):
+    if served.refusal(chunk.OPERATOR, device, call):
         return None
     return chunk_gated_delta_rule(
         query,

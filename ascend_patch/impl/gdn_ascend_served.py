@@ -14,10 +14,13 @@ from ascend_patch.kernels.gdn import ChunkMetadata, chunk, conv
 REFERENCE = "reference"
 
 
-def serves(operator: str, device: torch.device, call: object) -> bool:
-    """Whether a kernel takes the call; on a CPU a reference is one."""
-    found = dispatch.select(operator, device.type, call).implementation
-    return found is not None and (device.type == "cpu" or found.name != REFERENCE)
+def refusal(operator: str, device: torch.device, call: object) -> str:
+    """Why no kernel takes a call; empty where one does. On a CPU a reference is one."""
+    choice = dispatch.select(operator, device.type, call)
+    found = choice.implementation
+    if found is not None and (device.type == "cpu" or found.name != REFERENCE):
+        return ""
+    return f"{operator} on {device.type}: {choice.reason or 'no kernel is offered'}"
 
 
 def chunk_call(

@@ -94,9 +94,9 @@ gdn_ascend._forward_core = lambda w, l, r, layout, *a: forward(w, l, r, other, *
 found["the other layout"] = report(**ascend_gdn_cases.SQUARE)
 gdn_ascend._forward_core = forward
 # No kernel takes the step: the release's own runs, and reads the device.
-serves, gdn_ascend.served.serves = gdn_ascend.served.serves, lambda *_: False
+refusal, gdn_ascend.served.refusal = gdn_ascend.served.refusal, lambda *_: 'no'
 found["nothing serves"] = report("chunks of prompts")
-gdn_ascend.served.serves = serves
+gdn_ascend.served.refusal = refusal
 # Nothing is known of the batch on the host.
 know, gdn_ascend_metadata._know = gdn_ascend_metadata._know, lambda *_: None
 found["nothing known"] = report("chunks of prompts")
