@@ -9,6 +9,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import zmq
+
 from ascend_patch.impl import kv_handshake, kv_vllm_caches, kv_vllm_wire
 from ascend_patch.impl.kv_vllm_receive import Receiver
 from ascend_patch.impl.kv_vllm_send import Sender
@@ -33,6 +35,8 @@ def worker_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> 
     wrapped(*args, **kwargs)
     setattr(instance, SETTINGS, settings)
     instance._xfer_meta_decoder = kv_vllm_wire.ask_decoder()
+    # A pull has two sockets for each prefill rank, and ZMQ makes 1023 of them if nobody asks.
+    instance.async_zmq_ctx.set(zmq.MAX_SOCKETS, instance.async_zmq_ctx.get(zmq.SOCKET_LIMIT))
 
 
 def read_settings(vllm_config: Any, engine_id: str) -> tuple[int, float]:

@@ -185,6 +185,17 @@ def blocks_are_free(server: Server, seconds: float = 20) -> bool:
     return False
 
 
+def states(lab: Lab, server: Server) -> set[str]:
+    """The states of the patch in the engine and the workers of the newest run of a server."""
+    return {
+        patch["state"]
+        for process in lab.status(server)["processes"]
+        if process["role"] != "front end"
+        for patch in process["patches"]
+        if patch["id"] == "kv_connector"
+    }
+
+
 class TransferLab:
     """Starts pairs, one at a time."""
 

@@ -82,6 +82,9 @@ def test_a_pair_says_what_one_server_says(transfers, setup, measured) -> None:
         mixed = logprobs.compare(*logprobs.until_parted(together, same))
         assert mixed.worst <= TOLERANCE
 
+        for server in (pair.prefill, pair.decode):
+            assert kv_servers.states(transfers.lab, server) == {"applied"}
+
         (faults / "fault").write_text("messages")
         unreliable = kv_servers.follow(Asked(pair), alone[1:4])
         assert logprobs.compare(alone[1:4], unreliable).worst <= (0 if equal else TOLERANCE)

@@ -1,0 +1,69 @@
+"""vLLM 0.19 to 0.29's own plan of a push, out of real sources: what it leaves out, and ours around.
+
+DRIFT_SOURCES names a folder of unpacked releases: `vllm-0.23.0/vllm/...`.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ascend_patch.impl import kv_vllm_shares
+from ascend_patch.patches import _kv_vllm
+
+SOURCES = "DRIFT_SOURCES"
+FUNCTIONS = ("_get_tp_ratio", "_compute_sender_transfer_plan")
+RELEASES = next(band.releases for band in _kv_vllm.BANDS if band.targets is _kv_vllm.SHARES)
+HEAD = 256
+
+
+def plan_of(release: str) -> Callable[..., tuple[bool, int, int, int]]:
+    """The release's function, which needs nothing else of its module."""
+    folder = os.environ.get(SOURCES)
+    if not folder:
+        pytest.skip(f"{SOURCES} names no folder of unpacked releases")
+    module = _kv_vllm.MOONCAKE.replace(".", "/")
+    path = Path(folder) / f"vllm-{release}" / f"{module}.py"
+    if not path.exists():
+        pytest.skip(f"vllm {release} is not unpacked in {folder}")
+    tree = ast.parse(path.read_text())
+    tree.body = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name in FUNCTIONS]
+    found: dict[str, Any] = {}
+    exec(compile(tree, str(path), "exec"), found)
+    plan: Callable[..., tuple[bool, int, int, int]] = found["_compute_sender_transfer_plan"]
+    return plan
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_prefill_tp_4_of_two_heads_fills_decode_tp_1(release) -> None:
+    theirs = plan_of(release)
+
+    def given(rank: int) -> tuple[Any, ...]:
+        return rank, 4, 0, 1, HEAD, 2 * HEAD, True
+
+    # Ranks 0 and 1 hold head 0, ranks 2 and 3 head 1.
+    assert [theirs(*given(rank)) for rank in range(4) if theirs(*given(rank))[0]] == [
+        (True, 0, 0, HEAD)
+    ]
+    ours = [kv_vllm_shares.sender_transfer_plan(theirs, None, given(r), {}) for r in range(4)]
+    assert [one for one in ours if one[0]] == [(True, 0, 0, HEAD), (True, 0, HEAD, HEAD)]
+    assert [one[0] for one in ours] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_what_the_release_does_right_stays_as_it_is(release) -> None:
+    theirs = plan_of(release)
+    cases = (
+        (1, 2, 0, 1, HEAD, 2 * HEAD, False),
+        (0, 1, 1, 2, 2 * HEAD, HEAD, False),
+        (1, 2, 1, 2, HEAD, HEAD, True),
+        (3, 4, 1, 2, HEAD, HEAD, True),
+        (0, 2, 3, 4, HEAD, HEAD, True),
+    )
+    for case in cases:
+        assert kv_vllm_shares.sender_transfer_plan(theirs, None, case, {}) == theirs(*case)
