@@ -1,4 +1,6 @@
-"""vLLM 0.19 to 0.29's own plan of a push, out of real sources: what it leaves out, and ours around.
+"""What patch_kv_connector decides on each release of vLLM, from its unpacked source.
+
+And 0.19 to 0.29's own plan of a push: what it leaves out, and ours around it.
 
 DRIFT_SOURCES names a folder of unpacked releases: `vllm-0.23.0/vllm/...`.
 """
@@ -12,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
+from ascend_patch import _plan, _registry
+from ascend_patch._versions import Installed
 from ascend_patch.impl import kv_vllm_shares
 from ascend_patch.patches import _kv_vllm
 
@@ -20,6 +25,37 @@ SOURCES = "DRIFT_SOURCES"
 FUNCTIONS = ("_get_tp_ratio", "_compute_sender_transfer_plan")
 RELEASES = next(band.releases for band in _kv_vllm.BANDS if band.targets is _kv_vllm.SHARES)
 HEAD = 256
+
+
+# The first release of each: there is no connector, sizes are refused, moved, mended, retired.
+FROM = {
+    "0.11": ("skipped", None),
+    "0.13": ("armed", _kv_vllm.REFUSES),
+    "0.16": ("armed", _kv_vllm.PUSHES),
+    "0.19": ("armed", _kv_vllm.SHARES),
+    "0.30": ("retired", ()),
+}
+
+
+def unpacked() -> list[Path]:
+    folder = os.environ.get(SOURCES)
+    return sorted(Path(folder).glob("vllm-[0-9]*")) if folder else []
+
+
+@pytest.mark.parametrize(
+    "release", unpacked() or [None], ids=lambda path: path.name if path else "none"
+)
+def test_each_release_is_in_the_band_that_was_written_for_it(release) -> None:
+    if release is None:
+        pytest.skip(f"{SOURCES} names no folder of unpacked releases")
+    version = Version(release.name.partition("-")[2])
+    state, targets = next(
+        FROM[first] for first in reversed(FROM) if version.release[:2] >= Version(first).release
+    )
+    installed = Installed({"vllm": str(version)}, {"vllm": release}, "vllm")
+    found = _plan.decide(_registry.load()["kv_connector"], installed)
+    assert found.state == state, found.reason
+    assert (found.band.targets if found.band else None) == targets
 
 
 def plan_of(release: str) -> Callable[..., tuple[bool, int, int, int]]:
