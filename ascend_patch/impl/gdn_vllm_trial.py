@@ -8,6 +8,7 @@ pays for.
 from __future__ import annotations
 
 import logging
+import weakref
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -26,8 +27,21 @@ logger = logging.getLogger(__name__)
 
 # Not the reference: it is slower than what it would replace, and reads the device.
 KERNELS = "triton"
-# More than a chunk, and a request that begins beside one that goes on.
-LENGTHS = (65, 1)
+# What a step with prefill calls; drafts beside it take the last two.
+OPERATORS = (
+    "causal_conv1d",
+    "fused_gating",
+    "chunk_gated_delta_rule",
+    "causal_conv1d_update",
+    "recurrent_gated_delta_rule",
+)
+# Requests of the steps that are tried: kernels part states by how many there are. The first of them
+# has more than a chunk.
+BATCHES = (1, 2, 4, 8, 16)
+FIRST, OTHERS = 65, 16
+
+# What was found for a layer's caches, which vLLM may bind anew with other strides.
+_verdicts: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -35,7 +49,9 @@ class Shapes:
     """All that a kernel can ask of a layer. Parameters: (shape, strides, dtype).
 
     Attributes:
-        drafts: Tokens that a speculative request of the step has; 0 for no such request.
+        columns: Slots of a request in the block table.
+        speculative: Whether the step has a request that verifies drafts.
+        offered: The implementations of each operator; a self-test may have withdrawn some.
     """
 
     device: torch.device
@@ -48,7 +64,9 @@ class Shapes:
     A_log: tuple[Any, ...]
     dt_bias: tuple[Any, ...]
     activation: str
-    drafts: int
+    columns: int
+    speculative: bool
+    offered: tuple[Any, ...]
 
 
 def refusal(
@@ -70,22 +88,29 @@ def refusal(
         conv_state: [slots, C, L].
         ssm_state: [slots, HV, V, K] or [slots, HV, K, V].
     """
-    bias = layer.conv1d.bias
-    return _tried(
-        Shapes(
-            device=ssm_state.device,
-            dtype=dtype,
-            layout=layout,
-            conv_state=_of_slots(conv_state),
-            ssm_state=_of_slots(ssm_state),
-            weight=_of(layer.conv1d.weight),
-            bias=None if bias is None else _of(bias),
-            A_log=_of(layer.A_log),
-            dt_bias=_of(layer.dt_bias),
-            activation=layer.activation,
-            drafts=layer.num_spec + 1 if speculative else 0,
+    offered = tuple(dispatch.candidates(name, ssm_state.device.type) for name in OPERATORS)
+    key = (dtype, speculative, conv_state.stride(), ssm_state.stride(), offered)
+    known = _verdicts.setdefault(layer, {})
+    if key not in known:
+        bias = layer.conv1d.bias
+        known[key] = _tried(
+            Shapes(
+                device=ssm_state.device,
+                dtype=dtype,
+                layout=layout,
+                conv_state=_of_slots(conv_state),
+                ssm_state=_of_slots(ssm_state),
+                weight=_of(layer.conv1d.weight),
+                bias=None if bias is None else _of(bias),
+                A_log=_of(layer.A_log),
+                dt_bias=_of(layer.dt_bias),
+                activation=layer.activation,
+                columns=layer.num_spec + 1,
+                speculative=speculative,
+                offered=offered,
+            )
         )
-    )
+    return known[key]
 
 
 def warm(layer: Any, x: Tensor, layout: str) -> None:
@@ -125,7 +150,8 @@ def _of_slots(x: Tensor) -> tuple[Any, ...]:
 def _tried(shapes: Shapes) -> str:
     try:
         with dispatch.only(KERNELS):
-            _run(shapes)
+            for requests in BATCHES[:2] if shapes.speculative else BATCHES:
+                _run(shapes, requests)
     except NotImplementedError as error:
         return f"prefill runs the release's own kernels: {error}"
     except Exception as error:
@@ -135,10 +161,11 @@ def _tried(shapes: Shapes) -> str:
     return ""
 
 
-def _run(shapes: Shapes) -> None:
+def _run(shapes: Shapes, requests: int) -> None:
     """One step on scratch memory."""
-    tokens, requests = sum(LENGTHS), len(LENGTHS)
-    device, drafts = shapes.device, shapes.drafts
+    lengths = (FIRST, *[OTHERS] * (requests - 1))
+    tokens, device = sum(lengths), shapes.device
+    drafts = shapes.columns if shapes.speculative else 0
     conv_state = _scratch(shapes.conv_state, device, requests + drafts)
     ssm_state = _scratch(shapes.ssm_state, device, requests + drafts)
     heads, *sizes = ssm_state.shape[1:]
@@ -158,21 +185,25 @@ def _run(shapes: Shapes) -> None:
     def drawn(*shape: int) -> Tensor:
         return torch.randn(tokens + drafts, *shape, device=device).to(shapes.dtype)
 
+    # As builders have it: a column of the block table, or rows of it that were picked.
+    slots = made(*range(requests))
+    if not drafts:
+        slots = slots.unsqueeze(1).repeat(1, shapes.columns)[:, 0]
     metadata = SimpleNamespace(
         num_actual_tokens=tokens + drafts,
         num_prefills=requests,
         num_decodes=0,
-        num_spec_decodes=1 if drafts else 0,
-        non_spec_state_indices_tensor=made(*range(requests)),
-        has_initial_state=made(1, 0, dtype=torch.bool),
-        spec_sequence_masks=made(0, 0, 1, dtype=torch.bool) if drafts else None,
+        num_spec_decodes=int(shapes.speculative),
+        non_spec_state_indices_tensor=slots,
+        has_initial_state=slots > 0,
+        spec_sequence_masks=made(*[0] * requests, 1, dtype=torch.bool) if drafts else None,
         spec_token_indx=made(*range(tokens, tokens + drafts), dtype=torch.int64),
         non_spec_token_indx=made(*range(tokens), dtype=torch.int64),
         spec_state_indices_tensor=made(*range(requests, requests + drafts)).unsqueeze(0),
         spec_query_start_loc=made(0, drafts),
         num_accepted_tokens=made(1),
     )
-    starts = torch.tensor((0, *accumulate(LENGTHS)), dtype=torch.int32)
+    starts = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32)
     setattr(metadata, gdn_metadata.ATTRIBUTE, build_chunk_metadata(starts, device))
     core(
         layer,
@@ -185,7 +216,7 @@ def _run(shapes: Shapes) -> None:
         ssm_state=ssm_state,
         state_layout=shapes.layout,
     )
-    # A fault of a kernel's must come up here, and not in a request.
+    # A kernel's fault must come up here, and not in a request.
     torch.get_device_module(device).synchronize()
 
 

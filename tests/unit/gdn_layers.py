@@ -188,6 +188,7 @@ def main() -> None:
 
     gdn_vllm_trial.KERNELS = "reference"
     gdn_vllm_trial._tried.cache_clear()
+    gdn_vllm_trial._verdicts.clear()
     found["without tables"] = run.step(turns, tables=False)[0]
     new = turns[0].new
     found["profile"] = run.call(None, new.mixed, new.b, new.a, torch.empty(len(new), 4, 128))
