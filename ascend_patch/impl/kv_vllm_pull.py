@@ -220,7 +220,11 @@ class Pull:
 
     async def _attempt(self, attempt: int) -> None:
         receiver = self.receiver
-        agents = await receiver.agents(self.meta, fresh=attempt > 0)
+        looking = receiver.agents(self.meta, fresh=attempt > 0)
+        try:
+            agents = await asyncio.wait_for(looking, max(0.0, self.deadline - time.monotonic()))
+        except asyncio.TimeoutError:
+            raise PullError("its bootstrap server gave no answer in time") from None
         prefill = receiver.side_of(len(agents))
         plan = kv_vllm_plan.plan_of(prefill, receiver.side, self.transfer)
         if isinstance(plan, Refusal):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from ascend_patch.impl.kv_vllm_pull import REPEAT_S, Pull, PullError
 from ascend_patch.impl.kv_vllm_wire import ASK, Ask, log
 from ascend_patch.kernels.kv_layout import Merge, Plan, Side, merge_head_shards_
 
-QUERY_S = 10.0
+QUERY_S, SAME_S = 10.0, 0.2
 
 
 class Receiver:
@@ -39,7 +40,7 @@ class Receiver:
         self.views = views
         self.patched: set[str] = set()
         self._agents: dict[str, dict[int, str]] = {}
-        self._asking = asyncio.Lock()
+        self._queries: dict[str, tuple[float, Any]] = {}
         self._tasks: set[Any] = set()
         # Read by the worker's own thread, written by its receiver loop.
         self._lock = threading.Lock()
@@ -61,9 +62,8 @@ class Receiver:
             PullError: Its bootstrap server does not answer, or knows no such server.
         """
         engine, address = meta.remote_engine_id, meta.remote_bootstrap_addr
-        async with self._asking:
-            if fresh or engine not in self._agents:
-                self._agents.update(await self._query(address))
+        if fresh or engine not in self._agents:
+            self._agents.update(await self._look_up(address))
         if engine not in self._agents:
             raise PullError(
                 f"the bootstrap server at {address} knows no prefill server {engine}; it was "
@@ -71,6 +71,16 @@ class Receiver:
                 again=True,
             )
         return self._agents[engine]
+
+    async def _look_up(self, address: str) -> dict[str, dict[int, str]]:
+        """One question for all requests that ask at the same time."""
+        asked, query = self._queries.get(address, (0.0, None))
+        now = time.monotonic()
+        if query is None or (query.done() and now - asked > SAME_S):
+            query = asyncio.ensure_future(self._query(address))
+            self._queries[address] = now, query
+        found: dict[str, dict[int, str]] = await asyncio.shield(query)
+        return found
 
     async def _query(self, address: str) -> dict[str, dict[int, str]]:
         import httpx

@@ -20,7 +20,7 @@ from ascend_patch.kernels.kv_layout import Plan, Refusal, Side, Topology
 
 # How many requests are remembered after their blocks were freed, so that a late message about one
 # gets a true answer.
-REMEMBERED = 8192
+REMEMBERED = 4096
 POLL_S = 1.0
 
 

@@ -283,6 +283,26 @@ def test_an_engine_that_the_bootstrap_server_does_not_know_is_a_sentence(host, l
     assert "knows no prefill server before-the-restart" in lines.text
 
 
+def test_a_bootstrap_server_that_hangs_is_asked_once_and_given_up_in_time(host, lines) -> None:
+    async def run() -> None:
+        async with World(host, 2, 1, timeout=0.6) as world:
+            asked: list[str] = []
+
+            async def hang(address: str) -> Any:
+                asked.append(address)
+                await asyncio.sleep(60)
+
+            world.receivers[0]._query = hang  # type: ignore[method-assign]
+            for number in range(20):
+                await world.pull(number, [number % 9])
+            await wait_until(lambda: all(world.pulled(n) for n in range(20)), 5)
+            assert asked == ["http://none"]
+            assert invalid(world) == set(range(9))
+
+    asyncio.run(run())
+    assert "its bootstrap server gave no answer in time" in lines.text
+
+
 # Nothing listens there: the port belongs to no service.
 DEAD = "tcp://127.0.0.1:1"
 
