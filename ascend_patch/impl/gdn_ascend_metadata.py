@@ -33,21 +33,11 @@ def build_0_13(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 def build_0_18(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """`_patched_build`: vLLM's metadata, the tables of the release's kernels, and host values."""
     del wrapped
-    metadata = gdn_vllm_build.build(VLLM_0_18, instance, *args, **kwargs)
-    metadata.non_spec_chunked_prefill_meta = None
-    if metadata.num_prefills <= 0:
-        return metadata
-    common, drafts = _batch(*args, **kwargs)
-    speculative = gdn_metadata.drafting(drafts, use_spec_decode=instance.use_spec_decode)
-    starts = gdn_metadata.non_speculative(common.query_start_loc_cpu, speculative)
     block = cumsum_block(importlib.import_module(PATCH_0_18)._get_gdn_num_heads(instance))
-    chunks = gdn_metadata.attach(
-        metadata,
-        instance,
-        starts,
-        common.query_start_loc.device,
-        chunk_sizes=(CHUNK, LARGE_BLOCK, block),
-    )
+    sizes = (CHUNK, LARGE_BLOCK, block)
+    metadata = gdn_vllm_build.build(VLLM_0_18, instance, *args, chunk_sizes=sizes, **kwargs)
+    metadata.non_spec_chunked_prefill_meta = None
+    chunks = gdn_metadata.of(metadata)
     if chunks is None:
         return metadata
     metadata.non_spec_chunked_prefill_meta = _tables_0_18(chunks, block)
@@ -55,6 +45,8 @@ def build_0_18(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         # Prompts are split over ranks, which only the release's own kernels know of.
         setattr(metadata, gdn_metadata.ATTRIBUTE, None)
         return metadata
+    common, drafts = _batch(*args, **kwargs)
+    speculative = gdn_metadata.drafting(drafts, use_spec_decode=instance.use_spec_decode)
     _know(metadata.non_spec_query_start_loc, chunks.starts)
     _know_states(metadata, instance, common, speculative)
     return metadata

@@ -9,6 +9,7 @@ own, value for value.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,8 @@ def build(
     num_accepted_tokens: Tensor | None = None,
     num_decode_draft_tokens_cpu: Tensor | None = None,
     fast_build: bool = False,
+    *,
+    chunk_sizes: Sequence[int] = gdn_metadata.CHUNK_SIZES,
 ) -> Any:
     """Return the release's GDNAttentionMetadata, with chunk tables attached.
 
@@ -67,6 +70,7 @@ def build(
         num_accepted_tokens: int32 [B] on the device.
         num_decode_draft_tokens_cpu: int32 [B] on the CPU, -1 for a request that does not decode.
         fast_build: Ignored, as the release does.
+        chunk_sizes: Of the tables, in tokens.
     """
     module = importlib.import_module(MODULE)
     batch = _Batch(release, module, builder, common_attn_metadata)
@@ -88,7 +92,7 @@ def build(
         # For our layer, which is one for all releases.
         setattr(metadata, name, tokens)
     starts = torch.from_numpy(batch.rest_starts.astype(np.int32))
-    gdn_metadata.attach(metadata, builder, starts, batch.device)
+    gdn_metadata.attach(metadata, builder, starts, batch.device, chunk_sizes=chunk_sizes)
     return metadata
 
 
