@@ -43,7 +43,8 @@ def run(label: str, code: str, *, patches: str = PATCH, **variables: str) -> Any
     # 0.11.0's environment has another Triton, and its rule needs none.
     opening += ("" if host.release == "0.11.0" else WITH_TRITON) + OPENING
     names = f"SEED, RELEASE = {session_seed()}, {host.release!r}\n"
-    printed = host.run(names + opening + code, patches=patches, **variables)
+    # All cases of a release take a minute on an idle machine.
+    printed = host.run(names + opening + code, patches=patches, seconds=900, **variables)
     return json.loads(printed.strip().splitlines()[-1])
 
 

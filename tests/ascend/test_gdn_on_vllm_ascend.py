@@ -87,6 +87,11 @@ LAYOUT = ascend_gdn_cases.LAYOUTS[RELEASE[:4]]["qwen3_next"]
 def report(name="decode", **sizes):
     return ascend_gdn_cases.report("qwen3_next", LAYOUT, name, SEED, **sizes)
 
+from types import SimpleNamespace
+from ascend_patch import _selftest
+from ascend_patch.impl import gdn_selftest
+layer = ascend_gdn.Model("qwen3_next", SEED, LAYOUT).layer
+tried = _selftest.run(gdn_selftest.cases(SimpleNamespace(modules=lambda: [layer]), None))
 found = {"right": report(**ascend_gdn_cases.SQUARE)}
 forward = gdn_ascend._forward_core
 other = "KV" if LAYOUT == "VK" else "VK"
@@ -105,13 +110,16 @@ found["again"] = report("chunks of prompts")
 import ascend_patch
 ascend_patch.revert("gdn_attn")
 found["reverted"] = report("chunks of prompts")
-print(json.dumps([found, patch()]))
+print(json.dumps([found, patch(), [tried.cases, tried.wrong, tried.sentence()]]))
 """
 
 
 @pytest.mark.parametrize("release", ["0.13.0", "0.18.0"])
-def test_controls_and_undo(release):
-    found, state = run(release, CONTROLS)
+def test_controls_self_test_and_undo(release):
+    found, state, tried = run(release, CONTROLS)
+    print(tried)
+    # Two layouts, the convolution and the gates, by the kernel and by the reference.
+    assert tried[:2] == [8, ""]
     print(found)
     assert max(found["right"]["errors"]) < RIGHT
     assert max(found["the other layout"]["errors"]) > WRONG
