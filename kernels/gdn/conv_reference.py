@@ -45,7 +45,7 @@ def run(call: Call) -> None:
         wanted = kept
         if call.has_initial_state is not None:
             wanted = kept & call.has_initial_state[:sequences]
-        held = call.conv_state[slots, :, :before].transpose(1, 2).float()
+        held = call.conv_state.transpose(1, 2)[slots, :before].float()
         rows[at] = torch.where(wanted[:, None, None], held, 0.0)
     sums = _convolve(rows, call.weight, call.bias, call.silu).to(call.out.dtype)
     named = kept[there(np.repeat(np.arange(sequences), lengths))][:, None]
@@ -53,7 +53,7 @@ def run(call: Call) -> None:
     other = result.new_zeros(()) if call.fill else call.out[:tokens]
     torch.where(named, result, other, out=call.out[:tokens])
     if call.conv_state is not None:
-        last = rows[at + there(lengths)[:, None]].transpose(1, 2)
+        last = rows[at + there(lengths)[:, None]]
         places = torch.arange(before, device=device).expand(sequences, before)
         _write(call.conv_state, slots, places, last, (kept & there(lengths > 0))[:, None])
 
@@ -77,7 +77,8 @@ def run_update(call: UpdateCall) -> None:
     t = torch.arange(most, device=device)
     tokens = (starts[:-1, None] + t).clamp(max=call.x.shape[0] - 1)
     # [N, before + most, C]: what each sequence remembers, and its tokens.
-    rows = torch.cat((call.conv_state[slots[:, None], :, held].float(), call.x[tokens].float()), 1)
+    past = call.conv_state.transpose(1, 2)[slots[:, None], held]
+    rows = torch.cat((past.float(), call.x[tokens].float()), 1)
     sums = _convolve(rows.transpose(0, 1), call.weight, call.bias, call.silu).transpose(0, 1)
     inside = t < lengths[:, None]
     named = (inside & kept[:, None])[..., None]
@@ -98,8 +99,7 @@ def run_update(call: UpdateCall) -> None:
         to = torch.arange(min(before - 1 + most, places), device=device)
         to = to.expand(call.sequences, len(to))
         source, written = to + 1, to < before - 1 + lengths[:, None]
-    index = source[..., None].expand(-1, -1, rows.shape[2])
-    value = rows.gather(1, index).transpose(1, 2)
+    value = rows[torch.arange(call.sequences, device=device)[:, None], source]
     written = written & (kept & (lengths > 0))[:, None]
     _write(call.conv_state, slots, to, value, written)
 
@@ -129,27 +129,29 @@ def _convolve(rows: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> 
     """[R, .., C] -> [R - W + 1, .., C]."""
     width = weight.shape[1]
     count = rows.shape[0] - width + 1
-    taps = weight.float().t()
+    # A tap's channels side by side, as a row's are.
+    taps = weight.float().t().contiguous()
     total = rows[:count] * taps[0]
     if bias is not None:
         total += bias.float()
+    product = torch.empty_like(total)
     for j in range(1, width):
-        total += rows[j : j + count] * taps[j]
+        total += torch.mul(rows[j : j + count], taps[j], out=product)
     return functional.silu(total, inplace=True) if silu else total
 
 
 def _write(state: Tensor, slots: Tensor, places: Tensor, value: Tensor, written: Tensor) -> None:
-    """state[slots[n], :, places[n, k]] = value[n, :, k], where written [N, K]; without a read.
+    """state[slots[n], :, places[n, k]] = value[n, k], where written [N, K]; without a read.
 
     Entries that are not to be written repeat one that is, or write what is there.
     """
-    count = slots.shape[0]
+    # Rows of channels, which is how caches lie in memory.
+    state = state.transpose(1, 2)
     written = written.expand(places.shape).flatten()
-    value = value.transpose(1, 2).flatten(0, 1).to(state.dtype)
-    slots = slots[:, None].expand(count, places.shape[1]).flatten()
-    places = places.flatten()
+    value = value.flatten(0, 1).to(state.dtype)
+    slots = slots[:, None].expand(places.shape).flatten()
     some = written.to(torch.int32).argmax()
     source = torch.where(written, torch.arange(len(written), device=state.device), some)
-    slots, places = slots[source], places[source]
-    value = torch.where(written.any(), value[source], state[slots, :, places])
-    state[slots, :, places] = value
+    slots, places = slots[source], places.flatten()[source]
+    value = torch.where(written.any(), value[source], state[slots, places])
+    state[slots, places] = value
