@@ -7,7 +7,8 @@ anything is timed. A time is that of the kernel inside a captured graph: median 
 copy in one run are comparable, times of two machines are not.
 
 `descriptors`, on any machine: byte ranges for each ratio of tensor parallel sizes, how many of them
-a block takes before and after neighbours are joined, and the host's time to list them.
+a block takes before and after neighbours are joined, and the host's time to list them; `staged` is how many
+there are where heads of tokens go through a buffer of 64 MiB.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ MERGE = ("shards", "caches", "blocks", "what", "tile_kib", "p50_us", "p95_us", "
 MERGE += ("share_of_copy",)
 RATIOS = ((1, 1), (2, 2), (2, 1), (4, 1), (8, 1), (4, 2), (8, 2), (16, 4), (1, 2), (1, 4), (2, 4))
 DESCRIPTORS = ("prefill_tp", "decode_tp", "layout", "kv_heads", "blocks", "scattered", "peers")
-DESCRIPTORS += ("ranges_per_block", "ranges", "median_bytes", "plan_us", "list_ms")
+DESCRIPTORS += ("ranges_per_block", "ranges", "median_bytes", "plan_us", "list_ms", "staged")
+STAGING = 64 << 20  # bytes of a buffer
 
 
 def main(argv: list[str]) -> int:
@@ -208,8 +210,25 @@ def count_ranges() -> Iterator[tuple[Any, ...]]:
                     len(found),
                     plan.descriptors_per_block,
                 )
-                times = (round(planning), round(listing, 2))
+                times = (round(planning), round(listing, 2), through_buffer(plan, ids))
                 yield (*row, len(lengths), round(median(lengths)), *times)
+
+
+def through_buffer(plan: Any, ids: list[int]) -> int:
+    """Ranges of decode rank 0, those of heads of tokens made one for a block."""
+    from ascend_patch.kernels import kv_layout
+
+    count = 0
+    pairs = kv_layout.match_blocks(plan.topology, ids, list(range(len(ids))))
+    for source in plan.sources(0):
+        sizes = plan.topology.prefill.regions(source), plan.topology.decode.regions(0)
+        bases = [[i << 34 for i in range(len(regions))] for regions in sizes]
+        places = {"prefill_bases": bases[0], "decode_bases": bases[1]}
+        whole = kv_layout.descriptors(plan, source, 0, pairs, **places, staged=True)
+        buffer = {"staging_base": 1 << 50, "staging_bytes": STAGING}
+        rounds = kv_layout.staged_rounds(plan, source, 0, pairs, **places, **buffer)
+        count += len(whole) + sum(len(one.ranges) for one in rounds)
+    return count
 
 
 def ranges(plan: Any, source: int, ids: list[int]) -> tuple[list[int], list[int], list[int]]:

@@ -9,11 +9,9 @@ from ascend_patch.kernels.kv_layout.descriptors import (
     descriptors,
     match_blocks,
 )
-from ascend_patch.kernels.kv_layout.geometry import Run
+from ascend_patch.kernels.kv_layout.geometry import PULL, PUSH, Run
 from ascend_patch.kernels.kv_layout.merge import merge_head_shards_
 from ascend_patch.kernels.kv_layout.plan import (
-    PULL,
-    PUSH,
     Merge,
     Piece,
     Plan,
@@ -21,6 +19,7 @@ from ascend_patch.kernels.kv_layout.plan import (
     plan_transfers,
 )
 from ascend_patch.kernels.kv_layout.refusals import REFUSALS, Refusal, refuse
+from ascend_patch.kernels.kv_layout.staged import Round, copy_staged, least_staging, staged_rounds
 from ascend_patch.kernels.kv_layout.topology import HND, NHD, LayerGroup, Side, Topology
 
 __all__ = [
@@ -36,15 +35,19 @@ __all__ = [
     "Piece",
     "Plan",
     "Refusal",
+    "Round",
     "Run",
     "Side",
     "Topology",
     "Transfer",
+    "copy_staged",
     "descriptors",
+    "least_staging",
     "match_blocks",
     "merge_head_shards_",
     "plan_transfers",
     "refuse",
+    "staged_rounds",
 ]
 
 merge_triton.register()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ascend_patch.kernels.kv_layout.plan import PULL, Piece, Plan
+from ascend_patch.kernels.kv_layout.geometry import PULL
+from ascend_patch.kernels.kv_layout.plan import Piece, Plan
 from ascend_patch.kernels.kv_layout.topology import Topology
 
 Ints = npt.NDArray[np.int64]
@@ -145,6 +146,7 @@ def descriptors(
     decode_strides: Sequence[int] | None = None,
     prefill_num_blocks: int | None = None,
     decode_num_blocks: int | None = None,
+    staged: bool = False,
 ) -> Descriptors:
     """The byte ranges that a request moves between two ranks.
 
@@ -156,6 +158,7 @@ def descriptors(
         decode_strides: The same of the decode rank.
         prefill_num_blocks: Blocks of each region; block ids are held against it where it is given.
         decode_num_blocks: The same of the decode rank.
+        staged: Leave out what `staged_rounds` takes through a buffer.
 
     Returns:
         Ranges, joined where they are adjacent on both sides. Empty where the two have nothing to
@@ -166,10 +169,12 @@ def descriptors(
             than a block, or a block id is out of range.
     """
     topology = plan.topology
-    origin = _side(
+    origin = side_arrays(
         "prefill", topology.prefill.regions(prefill_rank), prefill_bases, prefill_strides
     )
-    target = _side("decode", topology.decode.regions(decode_rank), decode_bases, decode_strides)
+    target = side_arrays(
+        "decode", topology.decode.regions(decode_rank), decode_bases, decode_strides
+    )
     for name, blocks, limit in (
         ("prefill", pairs.prefill_block, prefill_num_blocks),
         ("decode", pairs.decode_block, decode_num_blocks),
@@ -180,17 +185,25 @@ def descriptors(
     found = [
         part
         for piece in (transfer.pieces if transfer is not None else ())
-        for part in _piece(piece, pairs, *origin, *target)
+        for part in _piece(listed(piece, plan.direction, staged), pairs, *origin, *target)
     ]
     if not found:
         nothing = np.zeros(0, np.int64)
         return Descriptors(nothing, nothing, nothing, plan.direction)
-    return Descriptors(*_joined(*map(np.concatenate, zip(*found, strict=True))), plan.direction)
+    return Descriptors(*joined(*map(np.concatenate, zip(*found, strict=True))), plan.direction)
 
 
-def _side(
+def listed(piece: Piece, direction: str, staged: bool) -> Piece:
+    """The piece without the runs that go through a buffer."""
+    if not staged:
+        return piece
+    return replace(piece, runs=tuple(r for r in piece.runs if not r.is_staged(direction)))
+
+
+def side_arrays(
     name: str, sizes: tuple[int, ...], bases: Sequence[int], strides: Sequence[int] | None
 ) -> tuple[Ints, Ints]:
+    """(addresses, strides) of a rank's regions, checked against the plan."""
     given = sizes if strides is None else strides
     if len(bases) != len(sizes) or len(given) != len(sizes):
         raise ValueError(
@@ -239,7 +252,7 @@ def _piece(
     return found
 
 
-def _joined(prefill: Ints, decode: Ints, lengths: Ints) -> tuple[Ints, Ints, Ints]:
+def joined(prefill: Ints, decode: Ints, lengths: Ints) -> tuple[Ints, Ints, Ints]:
     """One range for neighbours in the lists that are adjacent on both sides."""
     if not len(lengths):
         return prefill, decode, lengths

@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 
 from ascend_patch.kernels.kv_layout.topology import HND, NHD, HeadRange, LayerGroup, Topology
 
+PULL, PUSH = "pull", "push"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -26,6 +28,7 @@ class Run:
     A unit is as many tokens as the smaller block size. The i-th range is ``length`` bytes at
     ``prefill_offset + i * prefill_step`` of a prefill block; unit u of a block that holds several
     begins ``u * prefill_unit_step`` further. Decode's likewise. Regions count within a layer.
+    With ``by_token`` each range is some of the heads of a token.
     """
 
     prefill_region: int
@@ -38,6 +41,11 @@ class Run:
     decode_step: int = 0
     prefill_unit_step: int = 0
     decode_unit_step: int = 0
+    by_token: bool = False
+
+    def is_staged(self, direction: str) -> bool:
+        """May a buffer make one range of these? What is pushed as one must arrive as one."""
+        return self.by_token and (direction == PULL or self.decode_step == self.length)
 
 
 def _counts(topology: Topology, group: LayerGroup, decode_tp: int) -> tuple[int, list[int], int]:
@@ -112,4 +120,4 @@ def _part(
         yield Run(0, 0, source * row, start, unit * count * row, 1, 0, 0, *units)
         return
     rows = (have.count * row, into * row)
-    yield Run(0, 0, source * row, start, count * row, unit, *rows, *units)
+    yield Run(0, 0, source * row, start, count * row, unit, *rows, *units, by_token=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from ascend_patch.kernels.kv_layout import geometry
-from ascend_patch.kernels.kv_layout.geometry import Run
+from ascend_patch.kernels.kv_layout.geometry import PULL, PUSH, Run
 from ascend_patch.kernels.kv_layout.refusals import Refusal, refuse
 from ascend_patch.kernels.kv_layout.topology import (
     HeadRange,
@@ -18,8 +18,6 @@ from ascend_patch.kernels.kv_layout.topology import (
     StageGroup,
     Topology,
 )
-
-PULL, PUSH = "pull", "push"
 
 
 @dataclass(frozen=True)

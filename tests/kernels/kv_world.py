@@ -6,7 +6,7 @@ from vLLM's rules, from one tensor [layers, tokens, heads, width] for each part 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -91,6 +91,7 @@ class World:
     def __init__(self, topology: kv_layout.Topology, tokens: int, cached: int, seed: int) -> None:
         rng = np.random.default_rng(seed)
         self.topology, self.tokens, self.cached = topology, tokens, cached
+        self.rounds = 0
         prefill, decode = topology.prefill, topology.decode
         self.counts = [-(-tokens // side.block_size) for side in (prefill, decode)]
         extra = rng.integers(0, 4, 2)
@@ -126,8 +127,11 @@ class World:
                 written += values.size
         return written
 
-    def move(self, plan: kv_layout.Plan) -> np.ndarray:
-        """Do what a plan says, merges included; how often each byte of decode was written."""
+    def move(self, plan: kv_layout.Plan, buffer: int = 0) -> np.ndarray:
+        """Do what a plan says, merges included; how often each byte of decode was written.
+
+        With a ``buffer`` of so many bytes, heads of tokens go through it.
+        """
         decode, prefill = self.decode, self.prefill
         count = np.zeros(len(decode.bytes), np.int64)
         pairs = kv_layout.match_blocks(
@@ -138,29 +142,82 @@ class World:
         )
         for transfer in plan.transfers:
             ranks = transfer.prefill_rank, transfer.decode_rank
+            places = {
+                "prefill_bases": prefill.bases[ranks[0]],
+                "decode_bases": decode.bases[ranks[1]],
+                "prefill_strides": prefill.strides[ranks[0]],
+                "decode_strides": decode.strides[ranks[1]],
+            }
+            limits = {
+                "prefill_num_blocks": prefill.num_blocks,
+                "decode_num_blocks": decode.num_blocks,
+            }
             found = kv_layout.descriptors(
-                plan,
-                *ranks,
-                pairs,
-                prefill_bases=prefill.bases[ranks[0]],
-                decode_bases=decode.bases[ranks[1]],
-                prefill_strides=prefill.strides[ranks[0]],
-                decode_strides=decode.strides[ranks[1]],
-                prefill_num_blocks=prefill.num_blocks,
-                decode_num_blocks=decode.num_blocks,
+                plan, *ranks, pairs, **places, **limits, staged=buffer > 0
             )
-            local, remote, lengths = (np.asarray(x, np.int64) for x in found.lists())
-            source, place = (remote, local) if plan.direction == kv_layout.PULL else (local, remote)
-            for length in np.unique(lengths):
-                which = lengths == length
-                reach = np.arange(length)
-                into = (place[which][:, None] + reach).ravel()
-                decode.bytes[into] = prefill.bytes[(source[which][:, None] + reach).ravel()]
-                np.add.at(count, into, 1)
+            self.transfer(found, prefill.bytes, decode.bytes, count)
+            if buffer:
+                self.stage(plan, ranks, pairs, places, buffer, count)
         for rank in decode.views:
             for merge in plan.merges(rank):
                 self.merge(rank, merge)
         return count
+
+    def transfer(
+        self,
+        found: kv_layout.Descriptors,
+        source_bytes: np.ndarray,
+        target_bytes: np.ndarray,
+        count: np.ndarray,
+    ) -> None:
+        """What the engine does: the side that acts is local."""
+        local, remote, lengths = (np.asarray(x, np.int64) for x in found.lists())
+        pull = found.direction == kv_layout.PULL
+        source, place = (remote, local) if pull else (local, remote)
+        for length in np.unique(lengths):
+            which = lengths == length
+            reach = np.arange(length)
+            into = (place[which][:, None] + reach).ravel()
+            target_bytes[into] = source_bytes[(source[which][:, None] + reach).ravel()]
+            np.add.at(count, into, 1)
+
+    def stage(self, plan, ranks, pairs, places, size: int, count: np.ndarray) -> None:
+        """The rounds through a buffer, poisoned before each."""
+        pull = plan.direction == kv_layout.PULL
+        acting, rank = (self.decode, ranks[1]) if pull else (self.prefill, ranks[0])
+        whole = torch.from_numpy(acting.bytes)
+        caches = [whole[base:] for base in acting.bases[rank]]
+        buffer, base = np.empty(size, np.uint8), 4096
+        rounds = kv_layout.staged_rounds(
+            plan, *ranks, pairs, **places, staging_base=base, staging_bytes=size
+        )
+        for one in rounds:
+            buffer[:] = 0x5A
+            shifted = replace(
+                one.ranges,
+                prefill=one.ranges.prefill - (0 if pull else base),
+                decode=one.ranges.decode - (base if pull else 0),
+            )
+            if pull:
+                written = np.zeros(size, np.int64)
+                self.transfer(shifted, self.prefill.bytes, buffer, written)
+                assert written.max() == 1
+                for part in one.copies:
+                    at = self.places_of(part, acting.bases[rank])
+                    np.add.at(count, at, 1)
+                kv_layout.copy_staged(one, caches, torch.from_numpy(buffer))
+            else:
+                kv_layout.copy_staged(one, caches, torch.from_numpy(buffer))
+                self.transfer(shifted, buffer, self.decode.bytes, count)
+            self.rounds += 1
+
+    @staticmethod
+    def places_of(part, bases: list[int]) -> np.ndarray:
+        """The addresses of decode that a copy from the buffer writes."""
+        starts = bases[part.region] + part.offset + part.blocks * part.steps[0]
+        starts = starts + part.units * part.steps[1]
+        ranges = np.arange(part.count) * part.steps[2]
+        return (starts[:, None, None] + ranges[:, None] + np.arange(part.length)).ravel()
 
     def merge(self, rank: int, merge: kv_layout.Merge) -> None:
         """merge_head_shards_ on a rank's memory, as bytes."""
@@ -188,11 +245,18 @@ class World:
         return expected, written
 
 
-def fault(topology: kv_layout.Topology, plan: kv_layout.Plan, tokens: int, cached: int, seed: int):
+def fault(
+    topology: kv_layout.Topology,
+    plan: kv_layout.Plan,
+    tokens: int,
+    cached: int,
+    seed: int,
+    buffer: int = 0,
+) -> str | None:
     """What is wrong with decode's memory after a plan was carried out, or None."""
     world = World(topology, tokens, cached, seed)
     expected, moved = world.wanted()
-    count = world.move(plan)
+    count = world.move(plan, buffer)
     if count.max() > 1:
         return f"{(count > 1).sum()} bytes were written more than once"
     if count.sum() != moved:
