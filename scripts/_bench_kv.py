@@ -7,8 +7,8 @@ anything is timed. A time is that of the kernel inside a captured graph: median 
 copy in one run are comparable, times of two machines are not.
 
 `descriptors`, on any machine: byte ranges for each ratio of tensor parallel sizes, how many of them
-a block takes before and after neighbours are joined, and the host's time to list them; `staged` is how many
-there are where heads of tokens go through a buffer of 64 MiB.
+a block takes before and after neighbours are joined, and the host's time to list them; `staged` is
+how many there are where heads of tokens go through a buffer of 64 MiB.
 """
 
 from __future__ import annotations
