@@ -11,7 +11,9 @@ PATCH = Patch(
     summary="GDN prefill without host/device round trips, and on CPUs at all",
     why=(
         "Chunk metadata is derived on the device, with three synchronisations a call, and the "
-        "builder waits for the device as well; without Triton GDN models do not run at all."
+        "builder waits for the device as well; without Triton GDN models do not run at all. vLLM "
+        "0.17 refuses a step of drafts and decode, 0.18 and later give drafts beside a prompt the "
+        "gates of other tokens."
     ),
     upstream="vllm-ascend #7487; vLLM's own is #38361",
     remove_when="vLLM 0.20.0 or later, or a vllm-ascend whose layers read nothing from the device",
