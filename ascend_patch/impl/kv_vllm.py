@@ -103,15 +103,15 @@ def _register(worker: Any, kv_caches: dict[str, Any]) -> None:
         " (K and V in one)" if caches.combined else "",
         caches.dtype,
     )
+    views = [region.view for region in caches.regions]
     if not worker.is_kv_producer:
-        views = [region.view for region in caches.regions]
         receiver = Receiver(worker, side, model, timeout=timeout, retries=retries, views=views)
         setattr(worker, RECEIVER, receiver)
     if not worker.is_kv_consumer:
-        _listen(worker, side, model)
+        _listen(worker, side, model, views)
 
 
-def _listen(worker: Any, side: Any, model: str) -> None:
+def _listen(worker: Any, side: Any, model: str, views: list[Any]) -> None:
     """Start the side channel, and wait until it is there: the host would wait for ever."""
     from vllm import envs
     from vllm.distributed.kv_transfer.kv_connector.v1.mooncake import mooncake_connector
@@ -122,7 +122,8 @@ def _listen(worker: Any, side: Any, model: str) -> None:
         )
 
     timeout = float(envs.VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT)
-    setattr(worker, SENDER, Sender(worker, side, model, timeout, new_request))
+    sender = Sender(worker, side, model, timeout=timeout, new_request=new_request, views=views)
+    setattr(worker, SENDER, sender)
     ready = threading.Event()
     listening = asyncio.run_coroutine_threadsafe(
         worker._mooncake_sender_listener(ready), worker.sender_loop

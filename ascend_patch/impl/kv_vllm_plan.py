@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
 
 from ascend_patch.kernels.kv_layout import (
     PUSH,
@@ -11,8 +10,6 @@ from ascend_patch.kernels.kv_layout import (
     Refusal,
     Side,
     Topology,
-    descriptors,
-    match_blocks,
     plan_transfers,
 )
 
@@ -42,38 +39,3 @@ def asks(plan: Plan, decode_rank: int) -> dict[int, bool]:
         if decode_rank in asked_by(plan, rank):
             found[rank] = False
     return found
-
-
-def ranges(
-    plan: Plan,
-    prefill_rank: int,
-    decode_rank: int,
-    *,
-    prefill_blocks: Sequence[int],
-    decode_blocks: Sequence[int],
-    tokens: int | None,
-    cached_blocks: int | None,
-    prefill_bases: Sequence[int],
-    decode_bases: Sequence[int],
-    prefill_num_blocks: int,
-    decode_num_blocks: int | None,
-) -> tuple[list[int], list[int], list[int]]:
-    """Addresses here, addresses there and lengths, as Mooncake's engine takes them.
-
-    Raises:
-        ValueError: The blocks do not belong together; see `match_blocks` and `descriptors`.
-    """
-    pairs = match_blocks(
-        plan.topology, prefill_blocks, decode_blocks, tokens=tokens, cached_blocks=cached_blocks
-    )
-    found = descriptors(
-        plan,
-        prefill_rank,
-        decode_rank,
-        pairs,
-        prefill_bases=prefill_bases,
-        decode_bases=decode_bases,
-        prefill_num_blocks=prefill_num_blocks,
-        decode_num_blocks=decode_num_blocks,
-    )
-    return found.lists()

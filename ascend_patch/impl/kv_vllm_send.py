@@ -10,10 +10,11 @@ import asyncio
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from ascend_patch.impl import kv_handshake, kv_vllm_plan, kv_vllm_wire
+from ascend_patch.impl import kv_handshake, kv_vllm_plan, kv_vllm_push, kv_vllm_wire
+from ascend_patch.impl.kv_vllm_push import Push, Pusher
 from ascend_patch.impl.kv_vllm_requests import Job, PushError, Record
 from ascend_patch.impl.kv_vllm_wire import ACCEPTED, CANCEL, DONE, FAILED, GO, READY, Answer, log
 from ascend_patch.kernels.kv_layout import Plan, Refusal, Side, Topology
@@ -28,9 +29,17 @@ class Sender:
     """One prefill rank's part of the transfers; `worker` is the host's MooncakeConnectorWorker."""
 
     def __init__(
-        self, worker: Any, side: Side, model: str, timeout: float, new_request: Callable[[str], Any]
+        self,
+        worker: Any,
+        side: Side,
+        model: str,
+        *,
+        timeout: float,
+        new_request: Callable[[str], Any],
+        views: Sequence[Any],
     ) -> None:
         self.worker, self.side, self.timeout = worker, side, timeout
+        self.pusher = Pusher(worker, views)
         self.said = kv_handshake.say(side, model) | {"nonce": uuid.uuid4().hex}
         self.new_request = new_request
         self.records: OrderedDict[str, Record] = OrderedDict()
@@ -152,46 +161,31 @@ class Sender:
         if send.transfer_id not in self.worker.reqs_need_send:
             raise PushError("its blocks were freed, because nobody fetched them")
         ours = job.ask.ascend_patch
-        try:
-            local, remote, lengths = kv_vllm_plan.ranges(
-                plan,
-                self.worker.tp_rank,
-                self._rank(job),
-                prefill_blocks=send.local_block_ids,
-                decode_blocks=blocks,
-                tokens=ours.get("tokens"),
-                cached_blocks=ours.get("cached_blocks"),
-                prefill_bases=self.worker.kv_caches_base_addr,
-                decode_bases=job.ask.kv_caches_base_addr,
-                prefill_num_blocks=self.worker.num_blocks,
-                decode_num_blocks=ours.get("num_blocks"),
-            )
-        except ValueError as error:
-            raise PushError(f"{plan.topology.ratio}: {error}") from error
-        began = time.perf_counter()
+        rank, began = self._rank(job), time.perf_counter()
         # Marks it as not to be freed by the host's time-out.
         send.sending += 1
         try:
-            code = await asyncio.get_running_loop().run_in_executor(
-                self.worker._sender_executor,
-                self.worker._send_blocks,
-                f"{ours['hostname']}:{job.ask.remote_port}",
-                local,
-                remote,
-                lengths,
+            pairs = kv_vllm_push.pairs_of(
+                plan,
+                send.local_block_ids,
+                blocks,
+                tokens=ours.get("tokens"),
+                cached_blocks=ours.get("cached_blocks"),
             )
+            session = f"{ours['hostname']}:{job.ask.remote_port}"
+            bases = job.ask.kv_caches_base_addr
+            one = Push(plan, self.worker.tp_rank, rank, pairs, session, bases)
+            code, written = await asyncio.get_running_loop().run_in_executor(
+                self.worker._sender_executor, self.pusher.push, one, ours.get("num_blocks")
+            )
+        except ValueError as error:
+            raise PushError(f"{plan.topology.ratio}: {error}") from error
         finally:
             send.sending -= 1
         if code != 0:
             raise PushError(f"Mooncake's transfer engine returned {code}", again=True)
-        log.debug(
-            "%s: %d bytes in %d ranges pushed for %s in %.1f ms",
-            self._name(job),
-            sum(lengths),
-            len(lengths),
-            request,
-            1e3 * (time.perf_counter() - began),
-        )
+        seconds = time.perf_counter() - began
+        log.debug("%s: %d bytes of %s in %.3f s", self._name(job), written, request, seconds)
 
     def serve(self, transfer: str, rank: int, pushed: bool) -> None:
         """Note that a decode rank needs no more; after the last one the blocks are freed."""

@@ -31,7 +31,7 @@ HITS = "vllm:external_prefix_cache_hits_total"
 USED = "vllm:kv_cache_usage_perc"
 # Bytes and pieces of words; behind the special tokens.
 VOCABULARY = range(len(SPECIAL), 300)
-SECONDS = 60
+SECONDS = 90
 
 
 @dataclass(frozen=True)

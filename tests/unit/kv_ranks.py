@@ -53,11 +53,16 @@ class Engine:
         self.hold.set()
         self.writing = threading.Event()
         self.calls = 0
+        self.ranges = 0
+
+    def batch_register_memory(self, addresses: list[int], lengths: list[int]) -> int:
+        return 0
 
     def batch_transfer_sync_write(
         self, session: str, local: list[int], remote: list[int], lengths: list[int]
     ) -> int:
         self.calls += 1
+        self.ranges += len(lengths)
         if self.codes:
             return self.codes.pop(0)
         half = len(local) // 2
@@ -99,6 +104,8 @@ class Rank:
         worker.engine, worker.hostname, worker.rpc_port = self.engine, "127.0.0.1", 1
         worker.engine_id = PREFILL if role == "kv_producer" else "decode-engine"
         worker.tp_rank, worker.tp_size, worker.num_blocks = rank, one.tp, BLOCKS
+        extra = types.SimpleNamespace(kv_connector_extra_config={"mooncake_protocol": "tcp"})
+        worker.vllm_config = types.SimpleNamespace(kv_transfer_config=extra)
         worker.kv_caches_base_addr = [part.data_ptr() for part in cache]
         worker.block_len = cache[0, 0].nbytes
         worker.reqs_need_send = {}
@@ -192,7 +199,15 @@ class World:
             def new_request(transfer: str) -> Any:
                 return new("", transfer, [], asyncio.Event())
 
-            setattr(worker, kv_vllm.SENDER, Sender(worker, rank.side, "model", 10, new_request))
+            sender = Sender(
+                worker,
+                rank.side,
+                "model",
+                timeout=10,
+                new_request=new_request,
+                views=list(rank.cache),
+            )
+            setattr(worker, kv_vllm.SENDER, sender)
             worker._xfer_meta_decoder = kv_vllm_wire.ask_decoder()
             theirs = worker.send_kv_to_decode
             worker.send_kv_to_decode = lambda *args: kv_vllm.send_kv_to_decode(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from kv_ranks import World, wait_until
 
-from ascend_patch.impl import kv_vllm, kv_vllm_link, kv_vllm_pull, kv_vllm_send
+from ascend_patch.impl import kv_vllm, kv_vllm_link, kv_vllm_pull, kv_vllm_push, kv_vllm_send
 
 P_BLOCKS, D_BLOCKS = [1, 2, 5], [7, 3, 4]
 RATIOS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4), (4, 2), (2, 4))
@@ -48,6 +48,25 @@ def test_decode_holds_what_it_would_have_computed(host, sizes, layout, heads) ->
             assert world.untouched(D_BLOCKS)
             assert not invalid(world)
             assert not any(rank.worker.reqs_need_send for rank in world.prefill)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("room", [None, 256])
+def test_heads_taken_token_by_token_are_packed_first(host, room, monkeypatch) -> None:
+    if room:
+        # Several rounds: a block of two heads is 4 * 2 * 8 * 4 bytes.
+        monkeypatch.setattr(kv_vllm_push, "STAGING_BYTES", room)
+
+    async def run() -> None:
+        async with World(host, 1, 2, layout="NHD") as world:
+            await world.prefilled(1, P_BLOCKS)
+            await world.pull(1, D_BLOCKS)
+            await wait_until(lambda: world.pulled(1) and world.freed(1))
+            assert world.right(1, D_BLOCKS)
+            assert world.untouched(D_BLOCKS)
+            # One for each block of each region and decode rank, not one for each token.
+            assert world.prefill[0].engine.ranges <= 2 * 2 * kv_ranks.LAYERS * len(P_BLOCKS)
 
     asyncio.run(run())
 
@@ -223,7 +242,7 @@ def test_a_prefill_that_ends_with_nothing_to_send_says_so_at_once(host, lines) -
 
 def test_nobody_listening_is_found_out_and_the_address_is_asked_again(host, lines) -> None:
     async def run() -> None:
-        async with World(host, 2, 1) as world:
+        async with World(host, 2, 1, retries=50) as world:
             right, world.addresses = dict(world.addresses), {0: world.addresses[0], 1: DEAD}
             await world.prefilled(1, P_BLOCKS)
             await world.pull(1, D_BLOCKS)
@@ -261,7 +280,9 @@ def test_a_prefill_that_was_restarted_behind_the_same_port_is_noticed(host, line
             await world.pull(1, D_BLOCKS)
             await asyncio.sleep(0.3)
             old = getattr(world.prefill[0].worker, kv_vllm.SENDER)
-            new = kv_vllm_send.Sender(old.worker, old.side, "model", 10, old.new_request)
+            new = kv_vllm_send.Sender(
+                old.worker, old.side, "model", timeout=10, new_request=old.new_request, views=[]
+            )
             setattr(old.worker, kv_vllm.SENDER, new)
             await wait_until(lambda: world.pulled(1), 5)
             assert invalid(world) == set(D_BLOCKS)

@@ -62,8 +62,8 @@ def losing(send: Any, folder: Path) -> Any:
 
 
 def holding(init: Any, folder: Path) -> Any:
-    def hold(sender: Any, worker: Any, *args: Any) -> None:
-        init(sender, worker, *args)
+    def hold(sender: Any, worker: Any, *args: Any, **more: Any) -> None:
+        init(sender, worker, *args, **more)
         push, count = worker._send_blocks, 0
 
         def push_halves(session: str, local: list, remote: list, lengths: list) -> int:
