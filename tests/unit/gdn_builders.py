@@ -23,6 +23,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path.append(str(CHECKOUT))
 
 import torch  # noqa: E402
+from gdn_batches import DRAFTS, Case, drawn, fixed  # noqa: E402
 from gdn_remote import DEVICE, Copies, Device, Remote, here  # noqa: E402
 from vllm.v1.attention.backends import gdn_attn  # noqa: E402
 from vllm.v1.kv_cache_interface import MambaSpec  # noqa: E402
@@ -33,85 +34,9 @@ from ascend_patch._versions import Installed  # noqa: E402
 from ascend_patch.impl import gdn_metadata  # noqa: E402
 from ascend_patch.kernels.gdn import PinnedStaging  # noqa: E402
 
-DRAFTS, MAX_SEQS, BLOCK, SLOTS = 3, 24, 16, 10_000
+MAX_SEQS, BLOCK, SLOTS = 24, 16, 10_000
 VERSION = tuple(map(int, RELEASE.split(".")))
 Builder = gdn_attn.GDNAttentionMetadataBuilder
-
-
-@dataclasses.dataclass
-class Case:
-    """One batch: for each request its tokens, its context, and its drafts (-1: it has none).
-
-    Attributes:
-        padding: Requests without tokens behind it.
-        tokens: What the runner pads the tokens to; 0 for as many as there are.
-    """
-
-    name: str
-    tokens_of: list[int]
-    context: list[int]
-    drafts: list[int] | None = None
-    padding: int = 0
-    tokens: int = 0
-    graphs: bool = False
-    mode: str = "none"
-
-
-def fixed() -> list[Case]:
-    cases = [
-        Case("prefill", [4, 8], [0, 0]),
-        Case("prefill of what is cached in part", [65, 1, 64], [128, 64, 0]),
-        Case("decode and prefill", [1, 1, 70], [9, 30, 0]),
-        Case("last chunk of one token", [1, 1, 500], [12, 448, 64]),
-        Case("decode", [1, 1, 1], [5, 6, 7]),
-        Case("decode, captured", [1, 1, 1], [5, 6, 7], graphs=True, padding=1, tokens=4),
-        Case("empty in the middle", [4, 0, 9], [0, 3, 0]),
-        Case("prefill, padded", [1, 5], [3, 0], padding=2),
-        Case("no drafts after all", [1, 1, 6], [4, 4, 0], [0, 0, -1]),
-        Case("drafts alone", [4, 4], [9, 20], [3, 3]),
-        Case("drafts alone, fewer", [2, 4, 1], [9, 20, 7], [1, 3, 0]),
-        Case("drafts alone, captured", [4, 4], [9, 20], [3, 3], graphs=True, tokens=12),
-        Case("mixed, with padding", [4, 4, 8], [0, 9, 0], [-1, 3, -1], padding=1),
-        Case("mixed, last chunk of one token", [1, 4, 7], [30, 9, 0], [-1, 3, -1]),
-        Case("mixed, captured", [3, 4, 66], [0, 9, 4], [-1, 3, -1], graphs=True),
-        Case("drafts and decode", [1, 4], [8, 9], [-1, 3]),
-    ]
-    if VERSION >= (0, 17):
-        # Up to 0.16 they count as prefills, and the release then asks for their chunks.
-        graphs = {"graphs": True, "padding": 2, "tokens": 16}
-        cases.append(Case("drafts alone, padded", [4, 4], [9, 20], [3, 3], padding=2))
-        cases.append(Case("drafts alone, padded and captured", [4, 4], [9, 20], [3, 3], **graphs))
-    if VERSION >= (0, 15):
-        cases += [
-            dataclasses.replace(case, name=f"{case.name}, align", mode="align") for case in cases
-        ]
-    return cases
-
-
-def drawn(rng: random.Random, number: int) -> Case:
-    """Any batch that a scheduler may make; decodes come first where nobody speculates."""
-    count = rng.randint(1, 12)
-    speculates = rng.random() < 0.6
-    kinds = [rng.choice("pppsd" if speculates else "pppd") for _ in range(count)]
-    if not speculates:
-        kinds.sort()
-    tokens = {
-        "p": lambda: rng.choice([1, 2, 63, 64, 65, 200]) if speculates else rng.randint(2, 200),
-        "s": lambda: rng.randint(1, DRAFTS + 1),
-        "d": lambda: 1,
-    }
-    lengths = [tokens[kind]() for kind in kinds]
-    drafts = [n - 1 if kind == "s" else -1 for n, kind in zip(lengths, kinds, strict=True)]
-    context = [0 if kind == "p" and rng.random() < 0.5 else rng.randint(1, 99) for kind in kinds]
-    return Case(
-        f"drawn {number}: {''.join(kinds)}",
-        lengths,
-        context,
-        drafts if speculates else None,
-        padding=rng.choice([0, 0, 1, 3]) if VERSION >= (0, 17) else 0,
-        graphs=rng.random() < 0.5,
-        mode=rng.choice(["none", "align"]) if VERSION >= (0, 15) else "none",
-    )
 
 
 def builder_of(case: Case) -> Builder:
@@ -294,7 +219,7 @@ def main() -> None:
     ours = Builder.build
     assert ours is not original
     rng = random.Random(int(SEED))
-    cases = fixed() + [drawn(rng, number) for number in range(60)]
+    cases = fixed(VERSION) + [drawn(rng, number, VERSION) for number in range(60)]
     found = []
     for number, case in enumerate(cases):
         generator = torch.Generator().manual_seed(int(SEED) + number)
