@@ -271,7 +271,7 @@ class Pull:
         plan = kv_vllm_plan.plan_of(peer.side, self.receiver.side, self.transfer)
         if isinstance(plan, Refusal):
             raise PullError(plan.sentence)
-        self.receiver.patched.add(self.meta.remote_engine_id)
+        self.receiver.greet(self.meta.remote_engine_id, peer)
         here = self.receiver.worker.tp_rank
         assert self.plan is not None
         if rank not in kv_vllm_plan.asks(plan, here):

@@ -36,7 +36,7 @@ class Receiver:
     ) -> None:
         self.worker, self.side = worker, side
         self.timeout, self.retries, self.repeat = timeout, retries, min(REPEAT_S, timeout / 10)
-        self.said = kv_handshake.say(side, model)
+        self.said, self.model = kv_handshake.say(side, model), model
         self.views = views
         self.patched: set[str] = set()
         self._agents: dict[str, dict[int, str]] = {}
@@ -101,6 +101,21 @@ class Receiver:
                 f"({type(error).__name__}: {error})",
                 again=True,
             ) from error
+
+    def greet(self, engine: str, peer: kv_handshake.Peer) -> None:
+        """A prefill server is heard for the first time: what cannot be checked is said."""
+        if engine in self.patched:
+            return
+        self.patched.add(engine)
+        names = [str(name).rstrip("/").rpartition("/")[2] for name in (peer.model, self.model)]
+        log.info("kv peer: prefill server %s, ascend-patch %s, %s", engine, peer.shim, names[0])
+        if names[0] != names[1]:
+            log.warning(
+                "kv peer: prefill server %s serves %s and this one %s; their caches have one shape, "
+                "and whether they are one model cannot be seen from here",
+                engine,
+                *names,
+            )
 
     def side_of(self, tp: int) -> Side:
         """What a prefill server of this TP size is, until it says so itself."""

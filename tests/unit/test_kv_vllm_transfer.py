@@ -417,6 +417,20 @@ def test_what_the_sides_say_is_compared_before_anything_is_written(
     assert sentence in lines.text
 
 
+def test_another_model_of_the_same_shape_is_pointed_out_once(host, lines) -> None:
+    async def run() -> None:
+        async with World(host, 2, 1) as world:
+            for rank in world.prefill:
+                getattr(rank.worker, kv_vllm.SENDER).said["model"] = "/elsewhere/other"
+            for number in range(2):
+                await world.prefilled(number, P_BLOCKS)
+                await world.pull(number, D_BLOCKS)
+                await wait_until(lambda n=number: world.pulled(n))
+
+    asyncio.run(run())
+    assert lines.text.count("serves other and this one model") == 1
+
+
 def test_hnd_prefill_fills_nhd_decode(host) -> None:
     async def run() -> None:
         async with World(host, 2, 1, layout="NHD", prefill_layout="HND") as world:
