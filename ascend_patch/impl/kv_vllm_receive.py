@@ -111,8 +111,8 @@ class Receiver:
         log.info("kv peer: prefill server %s, ascend-patch %s, %s", engine, peer.shim, names[0])
         if names[0] != names[1]:
             log.warning(
-                "kv peer: prefill server %s serves %s and this one %s; their caches have one shape, "
-                "and whether they are one model cannot be seen from here",
+                "kv peer: prefill server %s serves %s and this one %s; their caches have the same "
+                "shape, and whether they are one model cannot be seen from here",
                 engine,
                 *names,
             )
