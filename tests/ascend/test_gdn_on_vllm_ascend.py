@@ -123,9 +123,11 @@ def test_controls_self_test_and_undo(release):
     print(found)
     assert max(found["right"]["errors"]) < RIGHT
     assert max(found["the other layout"]["errors"]) > WRONG
-    for name in ("nothing serves", "reverted"):
+    # What the host knows is known to the release's own layer, too.
+    least = {"nothing serves": 1 if release == "0.18.0" else 4, "reverted": 4}
+    for name, reads in least.items():
         assert max(found[name]["errors"]) < RIGHT
-        assert all(sum(step.values()) >= 2 for step in found[name]["layer"])
+        assert all(sum(step.values()) >= reads for step in found[name]["layer"]), name
     read = [sum(step.values()) for step in found["nothing known"]["layer"]]
     assert read == ([2, 2] if release == "0.18.0" else [0, 0])
     assert found["again"]["layer"] == found["again"]["builder"] == [{}, {}]
