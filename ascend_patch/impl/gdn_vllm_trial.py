@@ -12,6 +12,7 @@ import weakref
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
+from math import prod
 from types import SimpleNamespace
 from typing import Any
 
@@ -185,7 +186,9 @@ def _run(shapes: Shapes, requests: int) -> None:
         return torch.tensor(values, dtype=dtype, device=device)
 
     def drawn(*shape: int) -> Tensor:
-        return torch.randn(tokens + drafts, *shape, device=device).to(shapes.dtype)
+        # Not random: the host draws from the device's generator, and must draw what it would have.
+        size = (tokens + drafts, *shape)
+        return torch.linspace(-1, 1, prod(size), device=device).view(size).to(shapes.dtype)
 
     # As builders have it: a column of the block table, or rows of it that were picked.
     slots = made(*range(requests))

@@ -191,7 +191,9 @@ def main() -> None:
     gdn_vllm_trial._verdicts.clear()
     found["without tables"] = run.step(turns, tables=False)[0]
     new = turns[0].new
+    drawn = torch.get_rng_state()
     found["profile"] = run.call(None, new.mixed, new.b, new.a, torch.empty(len(new), 4, 128))
+    found["draws nothing"] = torch.equal(drawn, torch.get_rng_state())
     found["compiled by the profile run"] = gdn_vllm_trial._tried.cache_info().currsize
     who, error = run.step(turns)
     found["prompts"] = {"who": who, "error": error}

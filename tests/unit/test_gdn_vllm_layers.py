@@ -36,6 +36,7 @@ def test_prefill_with_tables_is_ours_and_all_else_the_release_s(
     assert found["without tables"] == "theirs"
     # A profile run is the release's; ours compiles for what it will see, drafts included.
     assert found["profile"] == "theirs"
+    assert found["draws nothing"]
     assert found["compiled by the profile run"] == found["compiled by then"] == 2
     # Nothing is written where a kernel is missing, and the state says so.
     assert found["without kernels"] == "theirs"
