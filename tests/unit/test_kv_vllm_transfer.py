@@ -52,6 +52,20 @@ def test_decode_holds_what_it_would_have_computed(host, sizes, layout, heads) ->
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("sizes", [(3, 2), (2, 3), (6, 2), (1, 3)], ids=str)
+def test_sizes_need_not_divide_each_other(host, sizes, layout) -> None:
+    async def run() -> None:
+        async with World(host, *sizes, heads=6, layout=layout) as world:
+            await world.prefilled(1, P_BLOCKS)
+            await world.pull(1, D_BLOCKS)
+            await wait_until(lambda: world.pulled(1) and world.freed(1))
+            assert world.right(1, D_BLOCKS)
+            assert world.untouched(D_BLOCKS)
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("room", [None, 256])
 def test_heads_taken_token_by_token_are_packed_first(host, room, monkeypatch) -> None:
     if room:
