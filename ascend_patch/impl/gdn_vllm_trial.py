@@ -22,7 +22,14 @@ from torch import Tensor
 from ascend_patch.impl import gdn_metadata
 from ascend_patch.impl.gdn_core import core
 from ascend_patch.kernels import dispatch
-from ascend_patch.kernels.gdn import build_chunk_metadata
+from ascend_patch.kernels.gdn import (
+    build_chunk_metadata,
+    chunk_triton,
+    conv_triton,
+    gating_triton,
+    recurrent_triton,
+)
+from ascend_patch.kernels.rope import triton_call
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +47,11 @@ OPERATORS = (
 # has more than a chunk.
 BATCHES = (1, 2, 4, 8, 16)
 FIRST, OTHERS = 65, 16
+
+# Once, before anything is tried: what a self-test withdraws stays withdrawn.
+if triton_call._has_triton("nvidia"):
+    for _module in (conv_triton, gating_triton, chunk_triton, recurrent_triton):
+        _module.register()
 
 # What was found for a layer's caches, which vLLM may bind anew with other strides.
 _verdicts: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
@@ -185,7 +197,7 @@ def _run(shapes: Shapes, requests: int) -> None:
     def made(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
-    def drawn(*shape: int) -> Tensor:
+    def filled(*shape: int) -> Tensor:
         # Not random: the host draws from the device's generator, and must draw what it would have.
         size = (tokens + drafts, *shape)
         return torch.linspace(-1, 1, prod(size), device=device).view(size).to(shapes.dtype)
@@ -212,10 +224,10 @@ def _run(shapes: Shapes, requests: int) -> None:
     setattr(metadata, gdn_metadata.ATTRIBUTE, build_chunk_metadata(starts, device))
     core(
         layer,
-        drawn(conv_state.shape[1]),
-        drawn(heads),
-        drawn(heads),
-        drawn(heads, sizes[0] if shapes.layout == "VK" else sizes[1]),
+        filled(conv_state.shape[1]),
+        filled(heads),
+        filled(heads),
+        filled(heads, sizes[0] if shapes.layout == "VK" else sizes[1]),
         metadata,
         conv_state=conv_state,
         ssm_state=ssm_state,
