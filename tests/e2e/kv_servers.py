@@ -42,6 +42,7 @@ class Transfer:
         emulated: The NHD caches of the emulated device; else vLLM's own CPU attention, HND.
         policy: kv_load_failure_policy.
         extra: More of kv_connector_extra_config.
+        variables: More of the environment of both.
     """
 
     sizes: Sizes
@@ -49,6 +50,7 @@ class Transfer:
     emulated: bool = False
     policy: str = ""
     extra: tuple[tuple[str, Any], ...] = ()
+    variables: tuple[tuple[str, str], ...] = ()
 
     def name(self) -> str:
         """Return a short name for reports."""
@@ -238,7 +240,7 @@ class TransferLab:
             python.patched,
             str(self.model(setup.kv_heads)),
             setup.sizes,
-            env=env,
+            env=env | dict(setup.variables),
             folder=folder,
             arguments=[*words, "--no-enable-prefix-caching", "--max-num-seqs", "32"],
             extra=dict(setup.extra),
