@@ -6,6 +6,7 @@ are the release's own: see `gdn_ascend_served` and `gdn_vllm_trial`.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -26,8 +27,9 @@ Expected = Callable[[], AbstractContextManager[None]]
 Trial = selftest.ChunkTrial | ConvTrial | GatingTrial
 
 REFERENCE = "reference"
-# Chunks of 64: less than one, one and a token more, one token, more than two, none.
-LENGTHS = (3, 65, 1, 0, 130)
+# Chunks of 64: less than one, one and a token more, one token, none, more than two. And whole ones:
+# Triton compiles a kernel again for numbers that are multiples of 16.
+BATCHES = ((3, 65, 1, 0, 130), (128,))
 # What has been tried in this process: weights that are loaded again are no other layers.
 _tried: set[Layer] = set()
 
@@ -54,25 +56,29 @@ class Layer:
 
     def trials(self, seed: int) -> Iterator[tuple[str, Trial]]:
         """(name, call) of what a prefill step asks of the kernels."""
-        for layout in gdn_cases.LAYOUTS:
-            case = gdn_cases.ChunkCase(
-                LENGTHS,
-                self.key_heads,
-                self.value_heads,
-                self.key_size,
-                self.value_size,
-                str(self.dtype).removeprefix("torch."),
-                layout,
-                state_dtype=str(self.state_dtype).removeprefix("torch."),
-                sliced=True,
-            )
-            inputs = gdn_cases.make_inputs(case, seed, str(self.device))
-            yield f"{selftest.CHUNK}, {self}, states {layout}", selftest.ChunkTrial(inputs)
         channels = 2 * self.key_heads * self.key_size + self.value_heads * self.value_size
-        conv = ConvTrial(LENGTHS, channels, self.kernel, self.dtype, self.device, seed)
-        yield f"{conv.operator}, {self}", conv
-        gating = GatingTrial(sum(LENGTHS), self.value_heads, self.dtype, self.device, seed)
-        yield f"{gating.operator}, {self}", gating
+        for lengths in BATCHES:
+            name = f"{self}, T {sum(lengths)}"
+            for layout in gdn_cases.LAYOUTS:
+                inputs = gdn_cases.make_inputs(self._case(lengths, layout), seed, str(self.device))
+                yield f"{selftest.CHUNK}, {name}, states {layout}", selftest.ChunkTrial(inputs)
+            trial = ConvTrial(lengths, channels, self.kernel, self.dtype, self.device, seed)
+            yield f"{trial.operator}, {name}", trial
+        gates = GatingTrial(sum(BATCHES[0]), self.value_heads, self.dtype, self.device, seed)
+        yield f"{gates.operator}, {self}", gates
+
+    def _case(self, lengths: tuple[int, ...], layout: str) -> gdn_cases.ChunkCase:
+        return gdn_cases.ChunkCase(
+            lengths,
+            self.key_heads,
+            self.value_heads,
+            self.key_size,
+            self.value_size,
+            str(self.dtype).removeprefix("torch."),
+            layout,
+            state_dtype=str(self.state_dtype).removeprefix("torch."),
+            sliced=True,
+        )
 
 
 def cases(model: Any, as_expected: Expected) -> list[Case]:
@@ -83,6 +89,11 @@ def cases(model: Any, as_expected: Expected) -> list[Case]:
         as_expected: Not needed: the oracle is the recurrence in float64.
     """
     del as_expected
+    with _plainly():
+        return _cases(model)
+
+
+def _cases(model: Any) -> list[Case]:
     found = [layer for layer in dict.fromkeys(layers(model)) if layer not in _tried]
     _tried.update(found)
     trials: list[tuple[str, Trial]] = []
@@ -149,12 +160,25 @@ def _names(trial: Trial) -> list[str]:
     return [i.name for i in trial.candidates() if on_cpu or i.name != REFERENCE]
 
 
+@contextlib.contextmanager
+def _plainly() -> Iterator[None]:
+    """A model is loaded with defaults of its own, which what is drawn here is not to have."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _case(name: str, trial: Trial, implementation: str) -> Case:
     def judged() -> Verdict | None:
-        if implementation not in _names(trial):
-            return None  # withdrawn meanwhile
-        with torch.no_grad(), dispatch.only(implementation):
-            return trial.judged()
+        with torch.no_grad(), _plainly():
+            if implementation not in _names(trial):
+                return None  # withdrawn meanwhile
+            with dispatch.only(implementation):
+                return trial.judged()
 
     return Case(f"{name} by {implementation}", judged, partial(_withdraw, trial, implementation))
 
@@ -162,7 +186,8 @@ def _case(name: str, trial: Trial, implementation: str) -> Case:
 def _withdraw(trial: Trial, name: str) -> str:
     """Take an implementation out of use; empty where it cannot be, and nothing else serves."""
     dispatch.unregister(trial.operator, trial.device, name)
-    left = _names(trial)
+    with _plainly():
+        left = _names(trial)
     if name in left or (not left and trial.device == "cpu"):
         return ""
     return f"{trial.operator} by {name} on {trial.device}"

@@ -118,8 +118,8 @@ print(json.dumps([found, patch(), [tried.cases, tried.wrong, tried.sentence()]])
 def test_controls_self_test_and_undo(release):
     found, state, tried = run(release, CONTROLS)
     print(tried)
-    # Two layouts, the convolution and the gates, by the kernel and by the reference.
-    assert tried[:2] == [8, ""]
+    # Two batches in two layouts and the convolution, and the gates; by kernel and by reference.
+    assert tried[:2] == [14, ""]
     print(found)
     assert max(found["right"]["errors"]) < RIGHT
     assert max(found["the other layout"]["errors"]) > WRONG

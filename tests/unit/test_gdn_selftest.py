@@ -58,13 +58,23 @@ def test_a_layer_is_seen_as_its_rank_has_it():
 
 def test_layers_that_look_alike_are_tried_once_and_what_is_right_passes():
     made = cases(Layer(), Layer())
-    assert len(made) == 4
+    assert len(made) == 7
     assert cases(Layer()) == []
     result = _selftest.run(made)
     print(result.sentence())
     assert result.wrong == ""
-    assert (result.cases, result.withdrawn) == (4, ())
+    assert (result.cases, result.withdrawn) == (7, ())
     assert 0 < result.share < 1
+
+
+def test_defaults_of_the_loader_are_not_what_inputs_are_drawn_in():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            result = _selftest.run(cases(Layer(device="cpu")))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (result.cases, result.wrong) == (7, "")
 
 
 def spoilt(run, field):
