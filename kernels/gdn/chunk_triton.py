@@ -25,6 +25,8 @@ _PRIORITY = 10
 # 0.22 by 16, 0.14 by 64.
 _ENOUGH = 128
 _PARTS = (64, 32, 16)
+# K up to which loads run ahead of the loop; larger tiles leave no memory for that.
+_DEEPEST = 128
 
 
 def supports(call: Call) -> tuple[bool, str]:
@@ -47,13 +49,28 @@ def supports(call: Call) -> tuple[bool, str]:
     return True, ""
 
 
-def columns_of(width: int, programs: int) -> int:
-    """How many of a state's ``width`` columns one program carries, where a column each is
-    ``programs`` / width programs."""
-    for part in _PARTS:
-        if programs // part >= _ENOUGH:
-            return min(part, width)
-    return _PARTS[-1]
+def columns_of(width: int, sequences_heads: int, *, narrow: bool = True) -> int:
+    """How many of a state's ``width`` columns one program carries.
+
+    Args:
+        width: V.
+        sequences_heads: States, one for each value head of each sequence.
+        narrow: Whether less than the widest part may be taken.
+    """
+    for part in _PARTS if narrow else _PARTS[:1]:
+        if width // part * sequences_heads >= _ENOUGH:
+            return part
+    return _PARTS[-1] if narrow else _PARTS[0]
+
+
+def runs_ahead(k: Tensor) -> bool:
+    """Whether the loads of carry_kernel's loop run ahead of it, k [T, H, K] included.
+
+    Where one does not, Triton 3.6 reads and writes out of range for parts of fewer columns than 64:
+    an illegal address on an H200 with K = 256, and what compute-sanitizer found in scan_kernel.
+    """
+    aligned = k.data_ptr() % 16 == 0 and k.stride(0) * k.element_size() % 16 == 0
+    return k.shape[2] <= _DEEPEST and aligned
 
 
 def run(call: Call) -> None:
@@ -76,7 +93,7 @@ def run(call: Call) -> None:
     if len(chunks):
         parts = {"totals": totals, "left": left, "lasts": lasts, "tokens": tokens, "SCORES": False}
         prepare(call, w, u, **parts)
-    columns = columns_of(width, sequences * heads * width)
+    columns = columns_of(width, sequences * heads, narrow=runs_ahead(call.k))
     carry_kernel[width // columns, sequences * heads](
         *(call.k, w, u, left, lasts, states, call.initial, call.final),
         *carried(call),
@@ -87,8 +104,7 @@ def run(call: Call) -> None:
         **state_constants(call),
         COLUMNS=columns,
         num_warps=4,
-        # Loads run ahead of the loop; tiles of 256 columns leave no memory for that.
-        num_stages=3 if size <= 128 else 1,
+        num_stages=3 if size <= _DEEPEST else 1,
     )
     if len(chunks):
         columns = min(width, 128)

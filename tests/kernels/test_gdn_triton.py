@@ -83,10 +83,21 @@ def test_a_gpu_computes_the_recurrence(
 
 
 def test_a_state_is_parted_until_there_are_programs_enough() -> None:
-    assert chunk_triton.columns_of(128, 8 * 32 * 128) == 64
-    assert chunk_triton.columns_of(128, 1 * 32 * 128) == 32
-    assert chunk_triton.columns_of(128, 1 * 8 * 128) == 16
-    assert chunk_triton.columns_of(64, 10_000 * 64) == 64
+    assert chunk_triton.columns_of(128, 8 * 32) == 64
+    assert chunk_triton.columns_of(128, 1 * 32) == 32
+    assert chunk_triton.columns_of(128, 1 * 8) == 16
+    assert chunk_triton.columns_of(64, 10_000) == 64
+
+
+def test_parts_are_wide_where_a_load_does_not_run_ahead() -> None:
+    assert chunk_triton.columns_of(128, 1, narrow=False) == 64
+    row = torch.zeros(3, 2 * 128 + 8, dtype=torch.bfloat16)
+    assert chunk_triton.runs_ahead(row[:, :256].unflatten(1, (2, 128)))
+    assert not chunk_triton.runs_ahead(row[:, :256].unflatten(1, (1, 256)))
+    assert not chunk_triton.runs_ahead(row[:, 1:257].unflatten(1, (2, 128)))
+    assert not chunk_triton.runs_ahead(
+        row.flatten()[: 3 * 257].view(3, 257)[:, :256].unflatten(1, (2, 128))
+    )
 
 
 @pytest.mark.parametrize(
