@@ -250,7 +250,8 @@ class Step:
             for layer, (mixed, b, a), out in zip(
                 self.model.layers, self.inputs, self.out, strict=True
             ):
-                layer._forward_core(mixed_qkv=mixed, b=b, a=a, core_attn_out=out)
+                # The release's convolution of a decode step writes its results over its inputs.
+                layer._forward_core(mixed_qkv=mixed.clone(), b=b, a=a, core_attn_out=out)
         return self.out
 
     def run(self) -> list[torch.Tensor]:
