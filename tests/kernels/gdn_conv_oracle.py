@@ -84,6 +84,9 @@ def make_conv(case: ConvCase, seed: int, device: str = "cpu", update: bool = Fal
     slots = torch.randperm(count + 3, generator=generator)[:count].int()
     slots[list(case.padded)] = -1
     carried = torch.rand(count, generator=generator) < 0.6
+    # The first without tokens is without a state too: whatever its slot holds stays.
+    if 0 in case.lengths:
+        carried[case.lengths.index(0)] = False
     before = width - 1
     begins = np.zeros((count, channels, before))
     cache = after = None
