@@ -38,7 +38,7 @@ class Release:
         finds_context: The batch has no `compute_num_computed_tokens` (up to 0.13).
         has_modes: The block table depends on the mode of prefix caching (from 0.15).
         counts_empty: A request without tokens is a prefill; later it is nothing (up to 0.16).
-        either: Beside speculative requests one-token ones are prefills (from 0.18).
+        either: Beside speculative requests one-token ones are prefills; 0.17 refuses such a batch.
     """
 
     token_masks: bool = False
