@@ -14,9 +14,10 @@ def log_decay(a, A_log, dt_bias, SOFTPLUS_BETA: tl.constexpr, THRESHOLD: tl.cons
     """-exp(A_log) softplus(a + dt_bias); scalars or vectors, float32."""
     x = a.to(tl.float32) + dt_bias.to(tl.float32)
     bent = SOFTPLUS_BETA * x
-    # An exponent that overflows is not chosen. As an absolute error a unit of 1 is lost at most,
-    # and it is exp(g) that counts.
-    curve = tl.log(1.0 + tl.exp(bent)) / SOFTPLUS_BETA
+    # An exponent that overflows is not chosen. What 1 + raised loses is added, to first order.
+    raised = tl.exp(bent)
+    total = 1.0 + raised
+    curve = (tl.log(total) + (raised - (total - 1.0)) / total) / SOFTPLUS_BETA
     return -tl.exp(A_log.to(tl.float32)) * tl.where(bent > THRESHOLD, x, curve)
 
 

@@ -13,7 +13,7 @@ from ascend_patch.kernels.rope.triton_call import core_count
 
 NAME = "triton"
 # Elements of a program's tile: on CUDA few, for many programs; on Ascend, as the offline compiler
-# plans them, they take up to 44 bytes each of the 192 KiB of unified buffer.
+# plans them, they take up to 53 bytes each of the 192 KiB of unified buffer.
 _ELEMENTS = {"cuda": 512, "npu": 2048}
 # Rows of a tile are padded to 32 bytes there.
 _LEAST_HEADS = 16

