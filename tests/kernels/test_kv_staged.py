@@ -130,16 +130,16 @@ def test_a_buffer_that_is_too_small():
 
 
 @pytest.mark.parametrize("direction", ["pull", "push"])
-def test_a_copy_that_takes_other_heads_is_seen(direction, seed, monkeypatch):
+def test_a_copy_of_blocks_in_another_order_is_seen(direction, seed, monkeypatch):
     real = kv_layout.copy_staged
 
-    def shifted(one, regions, staging):
-        parts = [replace(c, offset=c.offset + c.length) for c in one.copies]
+    def reordered(one, regions, staging):
+        parts = [replace(c, blocks=c.blocks[::-1].copy()) for c in one.copies]
         real(replace(one, copies=tuple(parts)), regions, staging)
 
     plan = plan_of(direction, 1, 2)
     assert world.fault(plan.topology, plan, 200, 0, seed, 1 << 22) is None
-    monkeypatch.setattr(kv_layout, "copy_staged", shifted)
+    monkeypatch.setattr(kv_layout, "copy_staged", reordered)
     assert world.fault(plan.topology, plan, 200, 0, seed, 1 << 22) is not None
 
 
