@@ -12,7 +12,7 @@ PATCH = Patch(
     why=(
         "Chunk metadata is derived on the device, with three synchronisations a call, and the "
         "builder waits for the device as well; without Triton GDN models do not run at all. vLLM "
-        "0.17 refuses a step of drafts and decode, 0.18 and later give drafts beside a prompt the "
+        "0.17 refuses a step of drafts and decode, 0.18 to 0.27 give drafts beside a prompt the "
         "gates of other tokens."
     ),
     upstream="vllm-ascend #7487; vLLM's own is #38361",
