@@ -85,6 +85,23 @@ def test_heads_taken_token_by_token_are_packed_first(host, room, monkeypatch) ->
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_blocks_are_freed_after_the_last_decode_rank_and_not_before(host, layout) -> None:
+    async def run() -> None:
+        async with World(host, 1, 2, layout=layout) as world:
+            await world.prefilled(1, P_BLOCKS)
+            for number, receiver in enumerate(world.receivers):
+                assert not world.freed(1)
+                meta = world.meta(1, D_BLOCKS)
+                await receiver.start({kv_ranks.PREFILL: {"d1": meta}})
+                done = world.decode[number].worker.finished_recving_reqs
+                await wait_until(lambda done=done: "d1" in done)
+            await wait_until(lambda: world.freed(1))
+            assert world.right(1, D_BLOCKS)
+
+    asyncio.run(run())
+
+
 def test_heads_that_change_places_are_noticed(host) -> None:
     async def run() -> None:
         async with World(host, 2, 1) as world:
