@@ -22,10 +22,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ascend_patch.kernels.gdn.prepare_kernel import inverse
-
 
 @triton.jit
+def _inverse(a, CHUNK: tl.constexpr, KIND: tl.constexpr):
+    """prepare_kernel's inverse of I + a, from the first product to the last on the cube core.
+
+    What stands between two blocks is masked beforehand, and the sum of a level is a product with
+    the identity, added to where products are: the vector cores are not waited for in between.
+    """
+    i = tl.arange(0, CHUNK)
+    apart = i[:, None] ^ i[None, :]
+    a = a.to(KIND)
+    identity = tl.where(apart == 0, 1.0, 0.0).to(KIND)
+    found = tl.where(apart == 0, 1.0, tl.where(apart == 1, -a, 0.0)).to(KIND)
+    for level in tl.static_range(1, 6):
+        size = 1 << level
+        # Rows and columns whose blocks of that size differ, and those of twice the size do not.
+        between = tl.where((apart >= size) & (apart < 2 * size), -a, 0.0).to(KIND)
+        step = tl.dot(found, between).to(KIND)
+        found = tl.dot(step, found, tl.dot(found, identity)).to(KIND)
+    return found
+
+
+# A batch's size is no reason to compile again.
+@triton.jit(do_not_specialize=["tokens", "items"])
 def prepare_loop(
     q,
     k,
@@ -122,7 +142,7 @@ def prepare_loop(
 
         a = products * decay * weights[:, None]
         below = (i[:, None] > i[None, :]) & valid[:, None]
-        solve = inverse(tl.where(below, a, 0.0), CHUNK, SOLVE).to(kind)
+        solve = _inverse(tl.where(below, a, 0.0), CHUNK, SOLVE).to(kind)
         into = weights * tl.exp(total)
         if NORMALISE:
             into *= length_k

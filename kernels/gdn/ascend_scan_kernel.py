@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# A batch's size is no reason to compile again.
+@triton.jit(do_not_specialize=["tokens", "items"])
 def scan_loop(
     q,
     k,
@@ -38,6 +39,7 @@ def scan_loop(
     o_stride,
     initial_stride,
     final_stride,
+    indices_stride,
     scale,
     tokens,
     items,
@@ -57,8 +59,8 @@ def scan_loop(
     """Every n-th of ``items``: COLUMNS of the state of one value head of one sequence.
 
     initial, final: states [.., HV, K, V] with KV, else [.., HV, V, K]; a sequence's at its number
-    times the stride, or with INDEXED at that of its slot. A slot below 0 has no state: it is
-    neither read nor written. has_initial_state counts with CARRIED.
+    times the stride, or with INDEXED at that of its slot, which state_indices [N] names. A slot
+    below 0 has no state: it is neither read nor written. has_initial_state [N] counts with CARRIED.
     """
     i = tl.arange(0, CHUNK)
     rows = tl.arange(0, K)
@@ -76,8 +78,10 @@ def scan_loop(
 
         slot = sequence.to(tl.int64)
         if INDEXED:
-            slot = tl.load(state_indices + sequence).to(tl.int64)
+            slot = tl.load(state_indices + sequence * indices_stride).to(tl.int64)
         kept = slot >= 0
+        # Masked or not, an address is one of the cache.
+        slot = tl.maximum(slot, 0)
         if KV:
             place = head * K * V + rows[:, None] * V + columns[None, :]
         else:
@@ -107,7 +111,10 @@ def scan_loop(
             scores = tl.load(p_at, mask=valid[:, None], other=0.0)
             written = tl.load(u_at, mask=valid[:, None], other=0.0).to(tl.float32)
             total = tl.load(decays + row_of_head + at, mask=valid, other=0.0)
-            last = tl.sum(tl.where(i == tl.minimum(CHUNK, end - first) - 1, total, 0.0), 0)
+            # Loaded on its own: a sum over the rows would keep the compiler from giving each of the
+            # two vector cores half of them.
+            last_at = tl.minimum(first + CHUNK, end) - 1
+            last = tl.load(decays + row_of_head + last_at)
             read = scale * tl.exp(total)
             left = tl.exp(last - total)
             if NORMALISE:

@@ -28,16 +28,16 @@ def prepare_bytes(tile: int = TILE) -> int:
 def scan_bytes(size: int, columns: int) -> int:
     """Upper bound of the unified buffer that scan_loop takes, without double buffering.
 
-    Both vector cores of a block share the columns. What AscendNPU IR 1.2.0 asked for, to the byte
-    where it was too much: seven halves of a state while it is turned into or out of the layout of
-    the cache, or within the loop one state in all, and rows of a chunk for each column.
+    Both vector cores of a block share it. What AscendNPU IR 1.2.0 asked for where it was too much:
+    six times a state while that is turned into or out of the layout of the cache, or within the
+    loop two of it and rows of a chunk for each column.
 
     Args:
         size: K.
         columns: Of the state that a program holds.
     """
-    turning = 7 * size * columns + 4 * columns
-    looping = 2 * size * columns + 772 * columns
+    turning = 6 * size * columns + 128
+    looping = 2 * size * columns + 642 * columns
     return max(turning, looping)
 
 

@@ -23,7 +23,7 @@ class ChunkCase:
         decay: The strongest log decay of a token; g is drawn from -decay to 0.
         states: `none`; `initial`, given states; or `cache`, slots of which some are new and one,
             where there are three sequences or more, is missing.
-        sliced: q, k and v are slices of one wider row, as a model's are.
+        sliced: q, k and v are slices of one wider row, slots are a column, as a model's are.
         tail: Tokens behind the last sequence.
     """
 
@@ -193,6 +193,12 @@ def make_inputs(case: ChunkCase, seed: int, device: str | torch.device = "cpu") 
     return {**arguments, **_states(case, generator, device)}
 
 
+def _column(x: Tensor, device: str | torch.device) -> Tensor:
+    """``x`` on a device as a column of a table, which a block table's first is."""
+    column: Tensor = x[:, None].repeat(1, 2).to(device)[:, 0]
+    return column
+
+
 def _sizes(case: ChunkCase) -> tuple[int, int, int]:
     return case.key_size, case.key_size, case.value_size
 
@@ -216,6 +222,6 @@ def _states(
     carried = torch.rand(count, generator=generator) < 0.6
     return {
         "state": held,
-        "state_indices": slots.to(device),
+        "state_indices": _column(slots, device) if case.sliced else slots.to(device),
         "has_initial_state": carried.to(device),
     }

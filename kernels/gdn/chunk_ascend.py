@@ -90,19 +90,18 @@ def launches(call: Call, cores: int) -> list[tuple[Any, int, tuple[Any, ...], di
     items = sequences * heads * (width // columns)
     # Never touched where there are none.
     initial, final = (decays if x is None else x for x in (call.initial, call.final))
-    slots, carried = (
-        starts if x is None else x for x in (call.state_indices, call.has_initial_state)
-    )
+    slots, carried = (starts if x is None else x for x in chunk_triton.carried(call))
     values = (
         *(call.q, call.k, w, u, p, decays, *lengths, initial, final, slots, carried, call.out),
         *(starts, call.q.stride(0), call.k.stride(0), call.out.stride(0)),
-        *(initial.stride(0), final.stride(0), call.scale, tokens, items),
+        *(x.stride(0) for x in (initial, final, slots)),
+        *(call.scale, tokens, items),
     )
     constants = {
         "COLUMNS": columns,
         "KV": call.state_layout == "KV",
         "INDEXED": call.state_indices is not None,
-        "CARRIED": call.has_initial_state is not None,
+        "CARRIED": carried is not starts,
         "INITIAL": call.initial is not None,
         "FINAL": call.final is not None,
     }

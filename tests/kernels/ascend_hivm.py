@@ -1,0 +1,396 @@
+"""What a kernel compiled for Ascend does, counted: its control flow run without its data.
+
+bishengir-compile splits a kernel with matrix products into a function for a block's cube core and
+one for its two vector cores, which hand each other tiles through a workspace in global memory. That
+form, HIVM, has every copy with its sizes, and products and vector operations as calls. Here its
+functions become functions in Python in which copies are counted and arithmetic on data is left out;
+integers in global memory (sequence starts, chunks, slots) are read from the real tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+WIDTHS = {"f32": 32, "i32": 32, "f16": 16, "bf16": 16, "i16": 16, "i64": 64, "i8": 8, "i1": 1}
+WORKSPACE = "workspace"
+_HEAD = re.compile(r"^ *func\.func @(\w+)\((.*)\) attributes .*func_core_type<(AI[CV])>.*\{$")
+_MAP = re.compile(r"^(#map\d*) = affine_map<\(([^)]*)\)(?:\[([^\]]*)\])? -> \((.*)\)>$")
+_CALL = re.compile(r"^(?:(%[\w-]+) = )?(?:func\.)?call @(\w+)\((.*?)\) : \((.*)\) -> (.*)$")
+_FOR = re.compile(
+    r"^(?:(%[\w:-]+) = )?scf\.for (%[\w-]+) = (%[\w-]+) to (%[\w-]+) step (%[\w-]+)"
+    r"(?: iter_args\((.*?)\) -> \(.*\))? .*\{$"
+)
+_IF = re.compile(r"^(?:(%[\w:-]+) = )?scf\.if (%[\w-]+)(?: -> \(.*\))? \{$")
+_OP = re.compile(r"^(%[\w-]+) = ([a-z_]+\.[\w.]+) ?(.*)$")
+_PARTS = re.compile(r"^(%.*) = memref\.extract_strided_metadata (%[\w-]+) : .*$")
+_MEMREF = re.compile(r"memref<((?:[0-9?]+x)*)(\w+)(?:, .*?)?#hivm\.address_space<(\w+)>>")
+_NAME = re.compile(r"%[\w-]+(?:#\d+)?")
+_INTEGER = {
+    "addi": "+", "subi": "-", "muli": "*", "andi": "&", "ori": "|", "xori": "^", "shli": "<<",
+    "shrsi": ">>", "floordivsi": "//",
+}  # fmt: skip
+_COMPARE = {
+    "eq": "==", "ne": "!=", "slt": "<", "sle": "<=", "sgt": ">", "sge": ">=", "ult": "<",
+    "ule": "<=", "ugt": ">", "uge": ">=",
+}  # fmt: skip
+# Nothing to count: waiting, and what the hardware is set to.
+_SILENT = ("hivm.hir.", "annotation.", "return", "memref.store", "memref.assume", "llvm.")
+
+
+@dataclass
+class Counts:
+    """Of a launch, all programs and cores together.
+
+    Attributes:
+        read, written: Bytes of global memory, by parameter number or WORKSPACE.
+        products: Multiplications and additions on cube cores.
+        elements: Written by vector operations, once an operation.
+        copies: Between global memory and a core.
+        waits: Of one kind of core for the other.
+    """
+
+    read: dict[object, int] = field(default_factory=dict)
+    written: dict[object, int] = field(default_factory=dict)
+    products: int = 0
+    elements: int = 0
+    copies: int = 0
+    waits: int = 0
+
+    def note(self, into: dict[object, int], root: object, amount: int) -> None:
+        into[root] = into.get(root, 0) + amount
+        self.copies += amount > 0
+
+    def moved(self, workspace: bool) -> tuple[int, int]:
+        """(read, written) of the workspace, or of everything but it."""
+        return tuple(  # type: ignore[return-value]
+            sum(n for root, n in side.items() if (root == WORKSPACE) == workspace)
+            for side in (self.read, self.written)
+        )
+
+
+def planned(text: str, space: str = "ub") -> int:
+    """Bytes of a memory that the compiler planned: the end of its last allocation."""
+    # Constants are named after their value (%c128_i64), so an address can be read off its name.
+    cast = re.compile(
+        r"pointer_cast\(((?:%c\d+_i64(?:_\d+)?(?:, )?)+)\)[^:]*: "
+        rf"memref<((?:\d+x)*)([a-z]\w*)(?:, [^>]*?)?#hivm\.address_space<{space}>"
+    )
+    ends = [0]
+    for addresses, shape, element in cast.findall(text):
+        bits = WIDTHS[element]
+        for extent in filter(None, shape.split("x")):
+            bits *= int(extent)
+        ends += [int(at) + -(-bits // 8) for at in re.findall(r"%c(\d+)_i64", addresses)]
+    return max(ends)
+
+
+def functions(text: str) -> dict[str, Callable[..., None]]:
+    """core (AIC, AIV) -> f(counts, arguments, grid, block, sub_block)."""
+    maps = {m[1]: m for m in map(_MAP.match, text.splitlines()) if m}
+    found: dict[str, Callable[..., None]] = {}
+    lines = iter(text.splitlines())
+    for line in lines:
+        head = _HEAD.match(line)
+        if head is None:
+            continue
+        source = "\n".join(_translate(head, lines, maps))
+        space: dict[str, Any] = {"div": _div, "product": _product}
+        exec(compile(source, head[1], "exec"), space)
+        found[head[3]] = space["run"]
+    return found
+
+
+def _div(a: int, b: int) -> int:
+    """Towards zero, as divsi does."""
+    return a // b if (a >= 0) == (b > 0) else -(-a // b)
+
+
+def _product(memory: tuple[Any, ...]) -> int:
+    total = 1
+    for extent in memory[2]:
+        total *= extent
+    return total
+
+
+def _v(name: str) -> str:
+    return "v" + name[1:].replace("-", "m").replace("#", "_r")
+
+
+def _sizes(kind: str, dynamic: Iterator[str]) -> str:
+    parts = _MEMREF.search(kind)
+    assert parts is not None, kind
+    return (
+        "("
+        + "".join(f"{next(dynamic) if e == '?' else e}, " for e in parts[1].split("x")[:-1])
+        + ")"
+    )
+
+
+def _list(text: str) -> list[str]:
+    """[%a, 3, ...] as Python expressions."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return [_v(part) if part[0] == "%" else part for part in parts]
+
+
+def _affine(found: re.Match[str], operands: str) -> list[str]:
+    names = _list(f"{found[2]}, {found[3] or ''}")
+    values = [_v(name) for name in _NAME.findall(operands)]
+    known = dict(zip(names, values, strict=True))
+    text = found[4].replace("floordiv", "//").replace("mod", "%")
+    text = re.sub(r"\(([^()]*|[^()]*\([^()]*\)[^()]*) ceildiv (\w+)\)", r"(-(-(\1) // \2))", text)
+    assert "ceildiv" not in text, text
+    text = re.sub(r"\b[sd]\d+\b", lambda name: known[name[0]], text)
+    depth, parts = 0, [""]
+    for letter in text:
+        depth += (letter == "(") - (letter == ")")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def _translate(
+    head: re.Match[str], lines: Iterator[str], maps: dict[str, re.Match[str]]
+) -> Iterator[str]:
+    """The lines of a Python function that does what the HIVM function does, but for data."""
+    yield "def run(counts, arguments, grid, block, sub_block):"
+    names = re.findall(r"%arg\d+(?=: )", head[2])
+    # Base address, lock and workspace; the kernel's own; the grid.
+    hidden = head[2].count("hacc.arg_type = ")
+    for n, name in enumerate(names):
+        value = f"arguments[{n - hidden}]"
+        if n < hidden:
+            value = f"('{WORKSPACE}', 0, (), None)"
+        elif n >= len(names) - 3:
+            value = f"grid[{n - len(names) + 3}]"
+        yield f" {_v(name)} = {value}"
+    # What a region hands on: to names, at its end.
+    regions: list[list[str]] = []
+    for line in lines:
+        line = line.strip()
+        line = re.sub(r" \{[^{}]*\}( :|$)", r"\1", line) if not line.startswith("}") else line
+        indent = " " * (len(regions) + 1)
+        if line.startswith("}"):
+            if not regions:
+                return
+            if "else" in line:
+                yield indent + "pass"
+                yield indent[:-1] + "else:"
+                continue
+            yield indent + "pass"
+            after = regions.pop()
+            yield from (" " * (len(regions) + 1) + text for text in after[1:])
+            continue
+        loop, branch = _FOR.match(line), _IF.match(line)
+        if loop:
+            pairs = [part.split(" = ") for part in (loop[6] or "").split(", ") if part]
+            carried = [_v(a.strip()) for a, _ in pairs]
+            yield from (f"{indent}{_v(a.strip())} = {_v(b.strip())}" for a, b in pairs)
+            yield f"{indent}for {_v(loop[2])} in range({', '.join(map(_v, loop.group(3, 4, 5)))}):"
+            results = _results(loop[1], len(carried))
+            done = [f"{to} = {of}" for to, of in zip(results, carried, strict=True)]
+            regions.append([",".join(carried), *done])
+        elif branch:
+            yield f"{indent}if {_v(branch[2])}:"
+            count = int(branch[1].split(":")[1]) if branch[1] and ":" in branch[1] else 1
+            regions.append([",".join(_results(branch[1], count)) if branch[1] else ""])
+        elif line.startswith("scf.yield"):
+            given = [_v(n) for n in _NAME.findall(line.split(" : ")[0])]
+            if given:
+                yield f"{indent}{regions[-1][0]}, = {', '.join(given)},"
+        else:
+            yield from (indent + text for text in _statement(line, maps))
+
+
+def _results(name: str | None, count: int) -> list[str]:
+    if name is None:
+        return []
+    if ":" in name:
+        return [f"{_v(name.split(':')[0])}_r{n}" for n in range(count)]
+    return [_v(name)]
+
+
+def _statement(line: str, maps: dict[str, re.Match[str]]) -> Iterator[str]:
+    call = _CALL.match(line)
+    if call:
+        yield from _counted(call)
+        return
+    parts = _PARTS.match(line)
+    if parts:
+        yield from _metadata(parts)
+        return
+    op = _OP.match(line)
+    if op is None:
+        if line.startswith("hivm.hir.sync_block_wait"):
+            yield "counts.waits += 1"
+        elif not line.startswith(_SILENT):
+            raise NotImplementedError(f"HIVM: {line}")
+        return
+    to, name, rest = _v(op[1]), op[2], op[3]
+    operands = [_v(n) for n in _NAME.findall(rest.split(" : ")[0])]
+    if name == "arith.constant":
+        value = rest.split(" : ")[0]
+        plain = {"true": "True", "false": "False"}.get(value, value)
+        yield f"{to} = {plain if re.fullmatch(r'True|False|-?[0-9]+', plain) else '0.0'}"
+    elif name.startswith("affine."):
+        shape = maps[rest.split("(")[0]]
+        parts = _affine(shape, rest.split("(", 1)[1].split(" : ")[0])
+        function = {"affine.apply": "", "affine.min": "min", "affine.max": "max"}[name]
+        yield f"{to} = {function}({', '.join(parts)})"
+    elif name.startswith("arith."):
+        yield f"{to} = {_arithmetic(name[6:], rest, operands)}"
+    elif name == "hivm.hir.get_block_idx":
+        yield f"{to} = block"
+    elif name == "hivm.hir.get_sub_block_idx":
+        yield f"{to} = sub_block"
+    elif name == "hivm.hir.pointer_cast":
+        yield f"{to} = (None, 0, {_sizes(rest, iter(()))}, None)"
+    elif name.startswith("memref."):
+        yield from _memory(to, name[7:], rest, operands)
+    else:
+        raise NotImplementedError(f"HIVM: {line}")
+
+
+def _metadata(found: re.Match[str]) -> Iterator[str]:
+    base, _, sizes, strides = (name.strip() for name in f"{found[1]}, %_, %_".split(",")[:4])
+    yield f"{_v(base)} = {_v(found[2])}"
+    for n, name in enumerate(_results(sizes, int(sizes.partition(":")[2] or 1))):
+        yield f"{name} = {_v(found[2])}[2][{n}]"
+    for name in _results(strides, int(strides.partition(":")[2] or 1)):
+        yield f"{name} = 0"
+
+
+def _arithmetic(name: str, rest: str, operands: list[str]) -> str:
+    if name in _INTEGER:
+        return f" {_INTEGER[name]} ".join(operands)
+    if name == "cmpi":
+        return f" {_COMPARE[rest.split(',')[0]]} ".join(operands)
+    if name in ("divsi", "divui"):
+        return f"div({', '.join(operands)})"
+    if name in ("remsi", "remui"):
+        a, b = operands
+        return f"{a} - {b} * div({a}, {b})"
+    if name == "ceildivsi":
+        return f"-(-{operands[0]} // {operands[1]})"
+    if name in ("minsi", "maxsi", "minui", "maxui"):
+        return f"{name[:3]}({', '.join(operands)})"
+    if name == "select":
+        return f"{operands[1]} if {operands[0]} else {operands[2]}"
+    if name in ("extsi", "extui", "trunci", "index_cast", "index_castui"):
+        return f"int({operands[0]})"
+    # Of data.
+    return "0.0"
+
+
+def _memory(to: str, name: str, rest: str, operands: list[str]) -> Iterator[str]:
+    """A memory is (root, offset, sizes, integers of the tensor)."""
+    first = operands[0]
+    if name == "cast":
+        yield f"{to} = {first}"
+    elif name == "load":
+        at = _list(rest[rest.index("[") + 1 : rest.index("]")])
+        memory = _MEMREF.search(rest)
+        assert memory is not None
+        if memory[3] == "gm":
+            yield f"counts.note(counts.read, {first}[0], {WIDTHS[memory[2]] // 8})"
+            yield f"{to} = int({first}[3][{first}[1] + {at[-1]}]) if {first}[3] else 0"
+        else:
+            yield f"{to} = 0"
+    elif name == "view":
+        sizes = _list(rest[rest.index("][") + 2 :].split("]")[0])
+        yield f"{to} = ({first}[0], 0, {_sizes(rest[rest.rindex('memref<') :], iter(sizes))}, None)"
+    elif name == "collapse_shape":
+        groups = re.findall(r"\[([\d, ]*)\]", rest.split(" : ")[0])
+        extents = [" * ".join(f"{first}[2][{n}]" for n in _list(g)) or "1" for g in groups]
+        yield f"{to} = ({first}[0], {first}[1], ({', '.join(extents)},), {first}[3])"
+    elif name == "expand_shape":
+        sizes = _list(rest[rest.index("output_shape [") + 14 :].split("]")[0])
+        yield f"{to} = ({first}[0], {first}[1], ({', '.join(sizes)},), {first}[3])"
+    elif name == "subview":
+        lists = re.findall(r"\[([^\]]*)\]", rest.split(" : ")[0])
+        given = _list(lists[1])
+        kept = _kept(rest, given)
+        yield f"{to} = ({first}[0], {first}[1], ({', '.join(kept)},), {first}[3])"
+    elif name == "reinterpret_cast":
+        lists = re.findall(r"\[([^\]]*)\]", rest.split(" : ")[0])
+        offset, sizes = _list(lists[0])[0], _list(lists[1])
+        yield f"{to} = ({first}[0], {offset}, ({', '.join(sizes)},), {first}[3])"
+    elif name == "dim":
+        yield f"{to} = {first}[2][{operands[1]}]"
+    elif name == "extract_aligned_pointer_as_index":
+        yield f"{to} = 0"
+    else:
+        raise NotImplementedError(f"HIVM: memref.{name} {rest}")
+
+
+def _kept(rest: str, given: list[str]) -> list[str]:
+    """The sizes of a subview, without those of one element that its type drops."""
+    result = _MEMREF.search(rest[rest.rindex("memref<") :])
+    assert result is not None
+    rank = result[1].count("x")
+    kept = list(given)
+    while len(kept) > rank:
+        kept.remove("1")
+    return kept
+
+
+def _counted(call: re.Match[str]) -> Iterator[str]:
+    """What a call of the library means for the counts."""
+    result, name = call[1], call[2]
+    operands = [_v(n.strip()) for n in call[3].split(",") if n.strip()]
+    kinds = _split(call[4])
+    if result:
+        yield f"{_v(result)} = 0"
+    if name.startswith("mma"):
+        m, k, n = operands[3:6]
+        yield f"counts.products += 2 * {m} * {k} * {n}"
+        return
+    moved = False
+    for operand, kind in zip(operands, kinds, strict=True):
+        memory = _MEMREF.search(kind)
+        if memory is None or memory[3] != "gm":
+            continue
+        moved = True
+        side = "written" if name.startswith(("store", "fixpipe", "copy_ub")) else "read"
+        width = WIDTHS[memory[2]]
+        yield f"counts.note(counts.{side}, {operand}[0], product({operand}) * {width} // 8)"
+    if not moved and not name.startswith("set_l1"):
+        last = [o for o, kind in zip(operands, kinds, strict=True) if "memref" in kind]
+        if last:
+            yield f"counts.elements += product({last[-1]})"
+
+
+def _split(text: str) -> list[str]:
+    depth, parts = 0, [""]
+    for letter in text:
+        depth += (letter in "<[(") - (letter in ">])")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts if part.strip()]
+
+
+def count(text: str, arguments: list[Any], grid: tuple[int, int, int]) -> Counts:
+    """Run every program of a launch.
+
+    Args:
+        text: HIVM, as ``compiled.asm["npubin"]`` has it.
+        arguments: The kernel's, without constants and what a launch folds into the code: integers,
+            floats, and for tensors (number, 0, (), list of its integers or None).
+        grid: Programs.
+    """
+    found = Counts()
+    cores = functions(text)
+    # A kernel with matrix products runs on a cube core and two vector cores at once.
+    mixed = "AIC" in cores
+    for core, run in cores.items():
+        subs = 2 if core == "AIV" and mixed else 1
+        for block in range(grid[0] * grid[1] * grid[2]):
+            for sub_block in range(subs):
+                run(found, arguments, grid, block, sub_block)
+    return found
