@@ -69,8 +69,8 @@ def runs_ahead(k: Tensor) -> bool:
     Where one does not, Triton 3.6 reads and writes out of range for parts of fewer columns than 64:
     an illegal address on an H200 with K = 256, and what compute-sanitizer found in scan_kernel.
     """
-    aligned = k.data_ptr() % 16 == 0 and k.stride(0) * k.element_size() % 16 == 0
-    return k.shape[2] <= _DEEPEST and aligned
+    aligned: bool = k.data_ptr() % 16 == 0 and k.stride(0) * k.element_size() % 16 == 0
+    return aligned and k.shape[2] <= _DEEPEST
 
 
 def run(call: Call) -> None:
