@@ -14,7 +14,7 @@ from typing import Any
 
 from ascend_patch.impl.kv_vllm import RECEIVER, TIMEOUT
 from ascend_patch.impl.kv_vllm_link import Link, LostError
-from ascend_patch.impl.kv_vllm_pull import SETTLE_S
+from ascend_patch.impl.kv_vllm_talk import SETTLE_S
 from ascend_patch.impl.kv_vllm_wire import log
 
 Args = tuple[Any, ...]

@@ -13,7 +13,8 @@ from typing import Any
 import msgspec
 
 from ascend_patch.impl import kv_handshake
-from ascend_patch.impl.kv_vllm_pull import REPEAT_S, Pull, PullError
+from ascend_patch.impl.kv_vllm_pull import Pull
+from ascend_patch.impl.kv_vllm_talk import REPEAT_S, PullError
 from ascend_patch.impl.kv_vllm_wire import ASK, Ask, log
 from ascend_patch.kernels.kv_layout import Merge, Plan, Side, merge_head_shards_
 

@@ -11,7 +11,14 @@ import pytest
 import torch
 from kv_ranks import World, wait_until
 
-from ascend_patch.impl import kv_vllm, kv_vllm_link, kv_vllm_pull, kv_vllm_push, kv_vllm_send
+from ascend_patch.impl import (
+    kv_vllm,
+    kv_vllm_link,
+    kv_vllm_pull,
+    kv_vllm_push,
+    kv_vllm_send,
+    kv_vllm_talk,
+)
 
 P_BLOCKS, D_BLOCKS = [1, 2, 5], [7, 3, 4]
 RATIOS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4), (4, 2), (2, 4))
@@ -20,7 +27,7 @@ RATIOS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4), (4, 2), (2, 4))
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(kv_vllm_pull, "BACKOFF_S", 0.05)
-    monkeypatch.setattr(kv_vllm_pull, "SETTLE_S", 0.05)
+    monkeypatch.setattr(kv_vllm_talk, "SETTLE_S", 0.05)
     return kv_ranks.connector(monkeypatch)
 
 
@@ -156,7 +163,6 @@ def test_a_full_local_hit_frees_prefill_and_reports_nothing(host) -> None:
 
 @pytest.mark.parametrize("sizes", [(2, 1), (1, 2), (1, 1)], ids=str)
 def test_lost_and_doubled_messages_change_nothing(host, sizes, monkeypatch) -> None:
-    monkeypatch.setattr(kv_vllm_pull, "REPEAT_S", 0.05)
     count = 0
 
     def losing(send: Any) -> Any:
@@ -382,6 +388,20 @@ def test_an_unpatched_prefill_of_equal_size_pushes_as_before(host) -> None:
             await world.pull(1, D_BLOCKS)
             await wait_until(lambda: world.pulled(1) and world.freed(1))
             assert world.right(1, D_BLOCKS)
+
+    asyncio.run(run())
+
+
+def test_blocks_are_kept_while_an_unpatched_prefill_may_push_unasked(host) -> None:
+    async def run() -> None:
+        async with World(host, 2, 2, patched=(False, True), timeout=0.5) as world:
+            await world.pull(1, D_BLOCKS)
+            found: set[int] = set()
+            await wait_until(lambda: bool(found.update(invalid(world)) or found))
+            await asyncio.sleep(1)
+            assert not world.pulled(1)
+            await world.prefilled(1, P_BLOCKS)
+            await wait_until(lambda: world.pulled(1) and world.freed(1))
 
     asyncio.run(run())
 
