@@ -78,6 +78,16 @@ def forgetful(seed: int) -> float:
     return judge_conv(ConvCase((9,) * 12), seed, run=run)
 
 
+def in_place(seed: int) -> bool:
+    """Over x itself, and with a slot below zero that is not -1."""
+    inputs = make_conv(replace(UPDATE[2], padded=(1,)), seed, update=True)
+    given = inputs.arguments
+    given["state_indices"][1] = -7
+    out = gdn.causal_conv1d_update(**given, out=given["x"])
+    torch.testing.assert_close(given["conv_state"], inputs.cache, rtol=0, atol=0, equal_nan=True)
+    return bool(torch.isfinite(out[inputs.written]).all() and out[~inputs.written].isnan().all())
+
+
 if __name__ == "__main__":
     seed = int(sys.argv[1])
     conv_triton.register("cpu")
@@ -90,12 +100,5 @@ if __name__ == "__main__":
             found[kind] = judged(seed)
             found[f"{kind} cut"] = {w: cut_up(w, seed) for w in (2, 4)}
         found["control"] = forgetful(seed)
-        # In place, and with slots below zero that are not -1.
-        inputs = make_conv(replace(UPDATE[2], padded=(1,)), seed, update=True)
-        given = inputs.arguments
-        given["state_indices"][1] = -7
-        out = gdn.causal_conv1d_update(**given, out=given["x"])
-        found["in place"] = bool(
-            torch.isfinite(out[inputs.written]).all() and torch.isnan(out[~inputs.written]).all()
-        )
+        found["in place"] = in_place(seed)
     print(json.dumps(found))

@@ -155,10 +155,15 @@ def test_a_pad_slot_of_ones_own(seed: int) -> None:
     arguments = make_conv(ConvCase((1,) * 4, plain=True), seed, update=True).arguments
     pad = int(arguments["state_indices"][2])
     before = arguments["conv_state"].clone()
+    arguments["state_indices"][1] = -7
     out = gdn.causal_conv1d_update(**arguments, pad_slot_id=pad)
-    assert (out[2] == 0).all()
-    assert torch.equal(arguments["conv_state"][pad], before[pad])
-    assert not torch.equal(arguments["conv_state"], before)
+    assert (out[1:3] == 0).all()
+    assert (out[3] != 0).any()
+    written = arguments["state_indices"][[0, 3]].tolist()
+    rest = [slot for slot in range(len(before)) if slot not in written]
+    after = arguments["conv_state"]
+    torch.testing.assert_close(after[rest], before[rest], rtol=0, atol=0, equal_nan=True)
+    assert (after[written] != before[written]).any()
 
 
 def test_accepted_counts_read_nothing_outside(seed: int) -> None:
