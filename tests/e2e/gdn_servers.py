@@ -11,7 +11,7 @@ from typing import Any
 
 import _env
 import logprobs
-from _server import Server
+from _server import Server, ServerError
 from _tiny_model import WORDS, byte_symbols, vocabulary
 from gdn_oracle import Oracle
 from server import Lab, Setup
@@ -116,7 +116,7 @@ class GdnLab:
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
-        self.kept: dict[Gdn, Seen] = {}
+        self.kept: dict[Gdn, Seen | ServerError] = {}
         self.oracles: dict[tuple[str, str], Oracle] = {}
 
     def oracle(self, setup: Gdn, dtype: str = "float32") -> Oracle:
@@ -126,24 +126,39 @@ class GdnLab:
         return self.oracles[key]
 
     def patched(self, setup: Gdn) -> Seen:
-        """Return what a server with the shim says, and what it says with each fault."""
+        """Return what a server with the shim says, and what it says with each fault.
+
+        Raises:
+            ServerError: It did not start, or not answer; for each test of it the same.
+        """
         if setup not in self.kept:
-            fault = self.lab.folder / f"gdn-fault-{self.lab.started}"
-            fault.write_text("")
-            with self.server(setup, fault) as server:
-                seen = self.kept[setup] = Seen(started_in=server.started_in)
-                # Long before they are shared: what was cached is asked for again.
-                seen.alone = one_by_one(server, ALONE)
-                seen.together = in_one(server, BATCH)
-                seen.read = [read(server, prompt) for prompt in (*ALONE, *BATCH)]
-                seen.repeats = [at_once(server, BATCH) for _ in range(setup.repeats)]
-                seen.late = one_by_one(server, LATE)
-                seen.hits = server.metric(HITS)
-                seen.status = self.lab.status(server)
-                for name in FAULTS:
-                    fault.write_text(name)
-                    seen.faulty[name] = in_one(server, (*ALONE, *BATCH), FAULTY_STEPS)
-        return self.kept[setup]
+            try:
+                self.kept[setup] = self.hear(setup)
+            except ServerError as error:
+                self.kept[setup] = error
+        found = self.kept[setup]
+        if isinstance(found, ServerError):
+            raise found
+        return found
+
+    def hear(self, setup: Gdn) -> Seen:
+        """Start a server, ask it everything, and break it."""
+        fault = self.lab.folder / f"gdn-fault-{self.lab.started}"
+        fault.write_text("")
+        with self.server(setup, fault) as server:
+            seen = Seen(started_in=server.started_in)
+            # Long before they are shared: what was cached is asked for again.
+            seen.alone = one_by_one(server, ALONE)
+            seen.together = in_one(server, BATCH)
+            seen.read = [read(server, prompt) for prompt in (*ALONE, *BATCH)]
+            seen.repeats = [at_once(server, BATCH) for _ in range(setup.repeats)]
+            seen.late = one_by_one(server, LATE)
+            seen.hits = server.metric(HITS)
+            seen.status = self.lab.status(server)
+            for name in FAULTS:
+                fault.write_text(name)
+                seen.faulty[name] = in_one(server, (*ALONE, *BATCH), FAULTY_STEPS)
+        return seen
 
     def server(self, setup: Gdn, fault: Path) -> Server:
         paths = [path for path in (self.lab.python.drop_in, str(PLUGIN)) if path]
