@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ascend_patch._registry import Patch
-from ascend_patch.patches import _kv_vllm, _watch, _watch_ascend
+from ascend_patch.patches import _kv_ascend, _kv_vllm, _watch, _watch_ascend
 
 PATCH = Patch(
     id="kv_connector",
@@ -15,7 +15,7 @@ PATCH = Patch(
     ),
     upstream="vllm-ascend #2947",
     remove_when="no release in use needs it",
-    bands=_kv_vllm.BANDS,
+    bands=(*_kv_ascend.BANDS, *_kv_vllm.BANDS),
     watch={"vllm": _watch.KV_CONNECTOR, "vllm_ascend": _watch_ascend.KV_CONNECTOR},
     untouched=(
         "vllm 0.11 and 0.12: they have no MooncakeConnector",
@@ -25,5 +25,6 @@ PATCH = Patch(
         "kinds of cache (Mamba, sliding windows), which have several block lists",
         "vllm 0.19 to 0.29: a transfer that fails still leaves its request waiting",
         "vllm: NixlConnector, P2pNcclConnector, MoRIIO and the others",
+        *_kv_ascend.UNTOUCHED,
     ),
 )
