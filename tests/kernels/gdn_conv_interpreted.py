@@ -82,10 +82,13 @@ def in_place(seed: int) -> bool:
     """Over x itself, and with a slot below zero that is not -1."""
     inputs = make_conv(replace(UPDATE[2], padded=(1,)), seed, update=True)
     given = inputs.arguments
-    given["state_indices"][1] = -7
+    # Nobody else's is the slot that it would be taken for.
+    if 0 in given["state_indices"]:
+        return in_place(seed + 1)
+    given["state_indices"][1], given["x"][1] = -7, 3.0
     out = gdn.causal_conv1d_update(**given, out=given["x"])
     torch.testing.assert_close(given["conv_state"], inputs.cache, rtol=0, atol=0, equal_nan=True)
-    return bool(torch.isfinite(out[inputs.written]).all() and out[~inputs.written].isnan().all())
+    return bool(torch.isfinite(out).all() and (out[1] == 3.0).all())
 
 
 if __name__ == "__main__":
