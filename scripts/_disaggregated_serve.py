@@ -56,7 +56,7 @@ def serve(args: argparse.Namespace) -> None:
     env = _env.prepare(device="auto", release=None)
     arguments = list(args.vllm)
     if args.model is None:
-        model = str(_serve.tiny_model(env))
+        model = str(_serve.tiny_model(env, "qwen3"))
         arguments = ["--enforce-eager", "--max-model-len", "2048", *arguments]
     else:
         model = str(Path(args.model).absolute()) if Path(args.model).exists() else args.model
