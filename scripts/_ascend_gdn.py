@@ -12,12 +12,12 @@ from typing import Any
 from _ascend_found import ARCHITECTURES, UNIFIED_BUFFER, committed, found, write
 
 OURS, THEIRS = "ours", "vllm-ascend 0.18.0"
-COPIES = "torch copies"
+CHUNKED, COPIES = "chunk_gated_delta_rule", "torch copies"
 MOVED = ("read", "written", "workspace_read", "workspace_written")
 WORK = ("products", "elements", "waits")
 MEMORIES = {"unified_buffer": UNIFIED_BUFFER, "l1": 512 * 1024, "l0c": 128 * 1024}
 # Compiled on each processor; on the first of all, all shapes are.
-EVERYWHERE = "K128V128"
+EVERYWHERE = "K128V128-KV"
 
 TEXT = """\
 # The chunked gated delta rule on Ascend, by its compiled form
@@ -26,8 +26,8 @@ Written by `scripts/ascend_table`, with {versions}; no NPU took part. `gdn.csv` 
 launch of each case of `kernels/gdn/cases.py: serving_cases`: Qwen3-Next's layers (16 key heads, 32
 value heads of 128, bfloat16) on a rank of 1, 2, 4 or 8, ours and those of vllm-ascend 0.18.0
 (`vllm_ascend/ops/triton/fla`, launched by its own host code). Both are compiled by the same offline
-compiler for an Ascend910B3, and run without their data, every program of a launch on 20 cube and 40
-vector cores:
+compiler for an Ascend910B3, and their compiled form (HIVM) is run without its data, every program
+of a launch on 20 cube and 40 vector cores (tests/kernels/ascend_hivm.py):
 
 - `read`, `written`: bytes of tensors, what one launch leaves for the next included. `least`: inputs
   and outputs once, a state in and out.
@@ -57,13 +57,29 @@ Each field is ours, then vllm-ascend's.
 
 {processors}
 
+## The layers' other kernels
+
+Vector cores alone. A prefill of 8192 tokens, a decode step of so many requests.
+
+| case | kernel | programs | tensors, MB | / least | elements, M | UB free, KiB |
+|---|---|---|---|---|---|---|
+{others}
+
 ## What this says, and what it does not
 
-Where ours moves less: decays, lengths of rows, scores and the system of a chunk never leave the
-first launch, states never leave the second, and a cache is read and written where it is. Where it
-moves more: the inverse of a chunk is {levels} products of 64 x 64 one after the other, each of
-which goes through the workspace; vllm-ascend inverts blocks of 16 on vector cores, row by row, and
-has two levels of products. Nothing here is a time: that needs an NPU.
+Of tensors, ours moves less in most cases: keys are not normalised into copies, the system of a chunk
+and its inverse are never written, the state before each chunk is not stored, and a cache is read and
+written where it is. Where few heads are left on a rank and there is one prompt, a state is parted so
+that more cores than heads have work, and each part reads q, k, w and p again: there ours moves more,
+over 16 or 20 programs where vllm-ascend's two last launches have one for each head.
+
+Between cube and vector cores ours moves half as much again. The inverse of a chunk is fifteen
+products of 64 x 64 (five by the identity, which spares the vector cores), one after the other, and
+each goes through the workspace; vllm-ascend inverts blocks of 16 on vector cores, row by row, and
+has six smaller products. The compiler stores a tile once for each product that it is a factor of,
+and in the first launch both vector cores of a block compute and store the same. Vector work is
+about as much, but for short prompts, where vllm-ascend's blocks of 1216 tokens are mostly empty.
+Nothing here is a time: that needs an NPU.
 
 What the compiler refuses, and the kernels therefore do not do:
 
@@ -80,11 +96,11 @@ What the compiler refuses, and the kernels therefore do not do:
 
 def rows(source: Path | None) -> list[dict[str, object]]:
     """A row for each launch, ours first."""
-    sides = {OURS: found("gdn_ascend.py", "score")}
+    sides = [(OURS, found("gdn_ascend.py", "score")), (OURS, found("gdn_ascend_others.py"))]
     if source is not None:
-        sides[THEIRS] = found("gdn_ascend.py", "rival", str(source.resolve()))
+        sides.append((THEIRS, found("gdn_ascend.py", "rival", str(source.resolve()))))
     table: list[dict[str, object]] = []
-    for side, result in sides.items():
+    for side, result in sides:
         for case, row in result["rows"].items():
             table += _rows_of(side, case, row, str(result["versions"]))
     if source is None:
@@ -93,7 +109,7 @@ def rows(source: Path | None) -> list[dict[str, object]]:
 
 
 def _rows_of(side: str, case: str, row: Any, versions: str) -> Iterable[dict[str, object]]:
-    about = {"of": side, "case": case}
+    about = {"of": side, "operator": row.get("operator", CHUNKED), "case": case}
     for launch in row["launches"]:
         yield {**about, **launch, "least": row["least"], "compiler": versions}
     operators, moved = row["copies"]
@@ -106,14 +122,16 @@ def _rows_of(side: str, case: str, row: Any, versions: str) -> Iterable[dict[str
 
 def text(table: list[dict[str, object]]) -> str:
     """The document of a table."""
+    others = [row for row in table if row["operator"] != CHUNKED]
+    table = [row for row in table if row["operator"] == CHUNKED]
     cases = list(dict.fromkeys(str(row["case"]) for row in table))
     first = [row for row in table if row["case"] == cases[0]]
     return TEXT.format(
         versions=table[0]["compiler"],
         calls="\n".join(_call(table, case) for case in cases),
         launches="\n".join(_launch(row) for row in first if row["kernel"] != COPIES),
+        others="\n".join(map(_other, others)),
         processors=_processors(),
-        levels=10,
     )
 
 
@@ -151,6 +169,16 @@ def _launch(row: dict[str, object]) -> str:
         f"| {_sum([row], *MOVED[:2]) / 1e6:.0f} | {_sum([row], *MOVED[2:]) / 1e6:.0f} "
         f"| {_sum([row], 'products') / 1e9:.1f} | {_sum([row], 'elements') / 1e6:.0f} "
         f"| {' | '.join(f'{kib:.0f}' for kib in free)} |"
+    )
+
+
+def _other(row: dict[str, object]) -> str:
+    moved = _sum([row], *MOVED[:2])
+    free = (UNIFIED_BUFFER - int(str(row["unified_buffer"]))) / 1024
+    return (
+        f"| {row['case']} | {row['kernel']} | {row['programs']} | {moved / 1e6:.2f} "
+        f"| {moved / float(str(row['least'])):.3f} | {_sum([row], 'elements') / 1e6:.2f} "
+        f"| {free:.0f} |"
     )
 
 

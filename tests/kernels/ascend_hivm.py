@@ -249,6 +249,9 @@ def _statement(line: str, maps: dict[str, re.Match[str]]) -> Iterator[str]:
         yield f"{to} = sub_block"
     elif name == "hivm.hir.pointer_cast":
         yield f"{to} = (None, 0, {_sizes(rest, iter(()))}, None)"
+    elif name.startswith("math."):
+        # Of data.
+        yield f"{to} = 0.0"
     elif name.startswith("memref."):
         yield from _memory(to, name[7:], rest, operands)
     else:
