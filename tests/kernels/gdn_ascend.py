@@ -51,7 +51,8 @@ def fingerprint(launch: Launch) -> str:
             kinds.append((name, value == 1, value % 16 == 0))
         else:
             plain[name] = value
-    tools = [(HERE / name).read_text() for name in ("ascend_offline.py", "ascend_hivm.py")]
+    names = ("ascend_offline.py", "ascend_hivm.py", "ascend_hivm_ops.py")
+    tools = [(HERE / name).read_text() for name in names]
     kernel = launch.jit
     about = kernel.cache_key, sorted(plain.items(), key=str), kinds
     return ascend_store.digest(
