@@ -78,25 +78,33 @@ class Proxy:
             refuse(handler, f"prefill: {error}")
             return
         prefilled = time.monotonic() - began
-        first = pass_on(handler, self.pair.decode, "POST", json.dumps(payload).encode())
-        if first is not None:
-            self.first_tokens.append(first - began)
+
+        def note() -> None:
+            first = time.monotonic() - began
+            self.first_tokens.append(first)
             self.report(
                 f"{handler.path}: prefilled in {1e3 * prefilled:.0f} ms, first bytes after "
-                f"{1e3 * (first - began):.0f} ms"
+                f"{1e3 * first:.0f} ms"
             )
+
+        body = json.dumps(payload).encode()
+        pass_on(handler, self.pair.decode, "POST", body, note)
 
 
 def pass_on(
-    handler: BaseHTTPRequestHandler, server: Server, method: str, body: bytes | None
-) -> float | None:
-    """Ask a server and hand on what it says; returns when its first bytes came, None if never."""
+    handler: BaseHTTPRequestHandler,
+    server: Server,
+    method: str,
+    body: bytes | None,
+    note: Callable[[], None] = lambda: None,
+) -> None:
+    """Ask a server and hand on what it says; `note` is called with its first bytes, before."""
     connection = http.client.HTTPConnection(HOST, server.port, timeout=SECONDS)
     try:
         connection.request(method, handler.path, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         chunk = response.read1(CHUNK)
-        first = time.monotonic()
+        note()
         handler.send_response(response.status)
         kind = response.headers.get("Content-Type", "application/json")
         handler.send_header("Content-Type", kind)
@@ -107,10 +115,8 @@ def pass_on(
             handler.wfile.flush()
             chunk = response.read1(CHUNK)
         handler.wfile.write(b"0\r\n\r\n")
-        return first
     except (OSError, http.client.HTTPException) as error:
         refuse(handler, f"decode: {error!r}")
-        return None
     finally:
         connection.close()
 
