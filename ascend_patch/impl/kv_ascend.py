@@ -104,7 +104,7 @@ def ensure_zmq_recv(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs)
     """ensure_zmq_recv: the answer of this socket is waited for.
 
     The release's poller has all sockets of the thread. One that was closed after a lost answer
-    fails every later wait; one with a late answer makes it wait for ever on another.
+    reads as ready, and the next peer that does not answer is waited for without an end.
     """
     bound = inspect.signature(wrapped).bind(*args, **kwargs)
     bound.arguments["poller"] = _Own(bound.arguments["socket"])

@@ -1,0 +1,185 @@
+"""What is done with MooncakeConnectorV1's ranks; import it after `ascend_kv`."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from types import SimpleNamespace
+from typing import Any
+
+from ascend_kv import NEWER, Engine, Pair, free_port, host
+
+LOCAL, REMOTE = [3, 1, 7], [5, 6, 2]
+LINES: list[str] = []
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        LINES.append(record.getMessage())
+
+
+logging.getLogger("vllm.ascend_patch.kv").addHandler(_Lines())
+
+
+def pulled(pair: Pair, request: str, **given: Any) -> dict:
+    """A request of `pair`: what both sides heard, what is in the cache, and what was logged."""
+    del LINES[:]
+    pair.offer(request)
+    try:
+        heard: Any = pair.pull(request, LOCAL, REMOTE, **given)
+    except Exception as error:
+        return {"raised": type(error).__name__}
+    return {
+        "heard": heard,
+        "right": pair.right(LOCAL, REMOTE),
+        "freed": pair.freed(request, 2.0),
+        "lines": list(LINES),
+    }
+
+
+def ratios(seed: int) -> dict:
+    """Prefill TP, decode TP, KV heads that the release moves."""
+    cases = ((1, 1, 2), (2, 1, 4), (2, 2, 2), (4, 2, 2), (4, 2, 4), (4, 1, 2))
+    return {
+        f"{p} -> {d}, {heads} heads": pulled(Pair(p, d, heads, seed=seed), "one")
+        for p, d, heads in cases
+    }
+
+
+def engine_fails(seed: int, times: int) -> dict:
+    """The engine fails for one rank, and the next request is another."""
+    pair = Pair(4, 2, 4, seed=seed)
+    Engine.codes = [-1] * times
+    first = pulled(pair, "one")
+    Engine.codes = []
+    return {"one": first, "next": pulled(pair, "two")}
+
+
+def wrong_topology(seed: int, prefill: int, decode: int) -> dict:
+    return pulled(Pair(prefill, decode, 8, seed=seed), "one")
+
+
+def prefill_is_larger(seed: int) -> dict:
+    """Prefill has TP 4; what decode's configuration says is 2."""
+    return pulled(Pair(4, 2, 4, seed=seed, says=(2, 2)), "one")
+
+
+def other_blocks(seed: int) -> dict:
+    """Prefill has blocks of 4 tokens, decode of 6."""
+    return pulled(Pair(2, 2, 2, seed=seed, tokens=6), "one")
+
+
+def silent_peers(seed: int) -> dict:
+    """Two prefill ranks that do not answer, one after the other; then a request to another one."""
+    pair, found = Pair(1, 1, 2, seed=seed), {}
+    worker = pair.decode[0]
+    for request in ("one", "two"):
+        worker.start_load_kv(pair.metadata(request, LOCAL, REMOTE, free_port(1)))
+        found[request] = pair.heard(worker, request, 12.0)
+    pair.offer("three")
+    worker.start_load_kv(pair.metadata("three", LOCAL, REMOTE))
+    found["three"] = pair.heard(worker, "three", 12.0)
+    found["right"] = pair.right(LOCAL, REMOTE)
+    return found
+
+
+def quick(seed: int) -> dict:
+    """A request that ends before the release has noted it: nothing is to be read."""
+    pair = Pair(1, 1, 2, seed=seed)
+    thread, found = pair.decode[0].kv_recv_thread, []
+    for number in range(4):
+        given = pair.metadata(f"quick {number}", [], REMOTE)
+        # As if the worker's thread were not scheduled for a while.
+        given.reqs_in_batch = _Slow(given.reqs_in_batch, thread.request_queue)
+        pair.offer(f"quick {number}")
+        pair.decode[0].start_load_kv(given)
+        found.append(pair.heard(pair.decode[0], f"quick {number}", 0.5)["done"])
+    return {"done": found}
+
+
+class _Slow(set):
+    def __init__(self, items: Any, queue: Any) -> None:
+        super().__init__(items)
+        self._queue = queue
+
+    def __iter__(self) -> Any:
+        deadline = time.monotonic() + 0.5
+        while self._queue.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return super().__iter__()
+
+
+def runner() -> dict:
+    """What the model runner makes of blocks that were not loaded."""
+    from vllm.distributed.kv_transfer import kv_transfer_state
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
+
+    connector = SimpleNamespace(get_block_ids_with_load_errors=lambda: {4, 9})
+    kept = kv_transfer_state._KV_CONNECTOR_AGENT
+    kv_transfer_state._KV_CONNECTOR_AGENT = connector
+    try:
+        runner = NPUModelRunner.__new__(NPUModelRunner)
+        runner.execute_model_state = None
+        runner.kv_connector_output = KVConnectorOutput(finished_recving={"one"})
+        found = runner.sample_tokens(None).kv_connector_output
+    finally:
+        kv_transfer_state._KV_CONNECTOR_AGENT = kept
+    return {"done": sorted(found.finished_recving), "invalid": sorted(found.invalid_block_ids)}
+
+
+def choices() -> dict:
+    """Of all powers of two up to 16: how many of the release's own choices are refused."""
+    from ascend_patch.impl import kv_ascend_checks as checks
+    from ascend_patch.kernels.kv_layout import LayerGroup, Side
+
+    refused, asked = [], 0
+    sizes = (1, 2, 4, 8, 16)
+    for prefill, decode, heads, latent in itertools.product(sizes, sizes, sizes, (False, True)):
+        if prefill < decode or (latent and heads > 1):
+            continue
+        worker = host.MooncakeConnectorWorker.__new__(host.MooncakeConnectorWorker)
+        worker._prefill_tp_size, worker._decode_tp_size = prefill, decode
+        worker._prefill_pp_size, worker.num_key_value_heads = 1, 128 if latent else heads
+        worker.use_sparse = False
+        model = SimpleNamespace(is_deepseek_mla=latent)
+        worker.vllm_config = SimpleNamespace(model_config=model)
+        held = [max(1, heads // tp) for tp in (decode, prefill)]
+        worker.tp_num_need_pulls = pulls = 1 if latent else held[0] // held[1]
+        side = Side((LayerGroup(2, 1 if latent else heads, (8, 8)),), decode)
+        given = checks.peer_side(side, tp=prefill, pp=1, partition=None)
+        for request in range(20):
+            chosen = worker._get_remote_ranks_for_req(f"request {request}")
+            for rank in range(decode):
+                asked += 1
+                reason = checks.wrong_ranks(given, side, chosen, rank, pulls)
+                if reason is not None:
+                    refused.append(reason)
+    return {"asked": asked, "refused": refused[:5]}
+
+
+def everything(seed: int, patched: bool) -> dict[str, Any]:
+    """All cases, by name."""
+    return {
+        "ratios": ratios(seed),
+        "engine fails once": engine_fails(seed, 1),
+        "engine fails": engine_fails(seed, 40),
+        "8 -> 3": wrong_topology(seed, 8, 3),
+        "6 -> 4": wrong_topology(seed, 6, 4),
+        "prefill is larger": None if NEWER else prefill_is_larger(seed),
+        "other blocks": other_blocks(seed),
+        "silent peers": silent_peers(seed),
+        "quick": quick(seed),
+        "runner": None if NEWER else runner(),
+        "choices": choices() if patched else None,
+    }
+
+
+def reverted(seed: int) -> dict:
+    """A pull that fails, when the patch is gone."""
+    import ascend_patch
+
+    ascend_patch.revert("kv_connector")
+    Engine.codes = [-1]
+    return pulled(Pair(1, 1, 2, seed=seed), "one")

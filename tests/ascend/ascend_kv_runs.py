@@ -1,0 +1,57 @@
+"""MooncakeConnectorV1 on a release: what happens in one process unpatched and in one patched."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+from ascend_attention_runs import session_seed
+from ascend_case import BRANCHES, GENERATED, START, Host
+
+RELEASES = ("0.13.0", "0.18.0", "releases/v0.13.0", "releases/v0.18.0")
+PATCH = "kv_connector"
+# transformers reads audio through a system library that these environments need not have.
+OPENING = """
+sys.modules["soundfile"] = None
+import no_vision
+import json, os, torch, torch_npu, vllm
+from vllm.platforms import current_platform
+assert type(current_platform).__name__ == "NPUPlatform", current_platform
+import ascend_kv, ascend_kv_cases
+
+def state():
+    import ascend_patch
+    patches = {p["id"]: p for p in ascend_patch.status()["patches"]}
+    return patches.get("kv_connector", {"state": "off"})["state"]
+"""
+# Threads of the release that wait for ever keep a process from ending.
+ENDING = """
+found = json.dumps(found)
+print(flush=True)
+print(found, flush=True)
+os._exit(0)
+"""
+
+
+@functools.cache
+def results(label: str, patches: str) -> dict[str, Any]:
+    """Each case's report."""
+    host = Host(label)
+    names = f"SEED = {session_seed()}\n" + START + (GENERATED if label in BRANCHES else "")
+    code = f"found = [ascend_kv_cases.everything(SEED, {patches == PATCH}), state()]"
+    if patches == PATCH:
+        code += "\nfound[0]['reverted'] = ascend_kv_cases.reverted(SEED)"
+    code += ENDING
+    printed = host.run(names + OPENING + code, patches=patches)
+    found, state = json.loads(printed.strip().splitlines()[-1])
+    assert state == ("applied" if patches == PATCH else "off"), state
+    return found
+
+
+def both(label: str, name: str) -> tuple[Any, Any]:
+    """A case's report unpatched and patched."""
+    print(f"repeat with ASCEND_PATCH_SEED={session_seed()}")
+    pair = results(label, "none")[name], results(label, PATCH)[name]
+    print(label, name, *pair, sep="\n")
+    return pair
