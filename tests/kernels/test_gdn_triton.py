@@ -39,7 +39,9 @@ def test_the_interpreted_kernels_are_the_recurrence(seed: int) -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     print(found)
     assert len(found) == 12
-    wrong = {case: errors for case, errors in found.items() if max(errors) > LIMITS["float16"]}
+    # No comparison of NaN is true: what is right is asked for.
+    limit = LIMITS["float16"]
+    wrong = {case: e for case, e in found.items() if not all(error <= limit for error in e)}
     assert not wrong
 
 
@@ -79,7 +81,7 @@ def test_a_gpu_computes_the_recurrence(
 
     errors = gdn_judge.judge(replace(case, dtype=dtype), seed, "cuda", run)
     print(errors)
-    assert max(errors) < LIMITS[dtype]
+    assert all(error < LIMITS[dtype] for error in errors)
 
 
 def test_a_state_is_parted_until_there_are_programs_enough() -> None:
