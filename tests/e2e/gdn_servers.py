@@ -13,7 +13,7 @@ import _env
 import logprobs
 from _server import Server, ServerError
 from _tiny_model import WORDS, byte_symbols, vocabulary
-from gdn_oracle import Oracle
+from gdn_transformers import Oracle
 from server import Lab, Setup
 
 PLUGIN = Path(__file__).resolve().parent / "gdn_plugin"

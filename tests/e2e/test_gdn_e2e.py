@@ -12,7 +12,7 @@ import pytest
 from _env import NEWEST
 from _server import ServerError
 from _tiny_gdn import LAYER_TYPES
-from gdn_oracle import distance
+from gdn_transformers import distance
 from gdn_servers import ALONE, BATCH, BLOCK, FAULTS, REPEATED_STEPS, Gdn, GdnLab
 
 FLOAT32_TOLERANCE = 1e-3
