@@ -12,8 +12,8 @@ import pytest
 from _env import NEWEST
 from _server import ServerError
 from _tiny_gdn import LAYER_TYPES
-from gdn_transformers import distance
 from gdn_servers import ALONE, BATCH, BLOCK, FAULTS, REPEATED_STEPS, Gdn, GdnLab
+from gdn_transformers import distance
 
 FLOAT32_TOLERANCE = 1e-3
 # How much more than the tolerance a wrong layer must show, for the comparison to mean anything.
