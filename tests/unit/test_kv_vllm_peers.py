@@ -29,8 +29,9 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Any:
-    # vLLM's logger hands nothing on.
+    # vLLM's logger hands nothing on, and its level is what the environment said at import.
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="vllm")
     return caplog
 
 
