@@ -77,6 +77,7 @@ def decide(patch: Patch, installed: Installed) -> Decision:
             "superseded",
             f"{installed.host} is the active host and this patch has targets in {others} only",
         )
+    everywhere = bands
     if any(band.devices for band in bands):
         host += f" on {installed.device}"
         named = "; ".join(band.name for band in bands)
@@ -88,9 +89,16 @@ def decide(patch: Patch, installed: Installed) -> Decision:
         ranges = ", ".join(dict.fromkeys(band.versions for band in bands if band.versions))
         bands = [b for b in bands if not b.versions or SpecifierSet(b.versions).contains(final)]
         if not bands:
-            return Decision(
-                patch, "skipped", f"{host} is outside of the releases it is written for ({ranges})"
+            reason = f"{host} is outside of the releases it is written for ({ranges})"
+            elsewhere = dict.fromkeys(
+                device
+                for band in everywhere
+                if band.targets and SpecifierSet(band.versions).contains(final)
+                for device in band.devices
             )
+            if elsewhere:
+                reason += f"; this release has it on {', '.join(elsewhere)}"
+            return Decision(patch, "skipped", reason)
     for band in bands:
         if band.retired and (final is not None or band.whatever_the_release):
             return Decision(patch, "retired", band.retired, band)

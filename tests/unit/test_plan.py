@@ -160,6 +160,14 @@ def test_what_is_skipped_names_the_releases_of_the_device_alone(installed):
     assert found.reason.endswith("it is written for (==1.0)")
 
 
+def test_what_is_skipped_names_the_devices_that_this_release_has_it_on(installed):
+    other = Band("vllm", "==1.0", ("1.0",), TARGETS, devices=("cpu", "cuda"))
+    later = Band("vllm", ">=2.0", retired="it is right there")
+    found = decide(patch(other, later), installed("1.0", device="npu"))
+    assert found.state == "skipped"
+    assert found.reason.endswith("written for (>=2.0); this release has it on cpu, cuda")
+
+
 def test_a_patch_without_code_says_so(installed):
     found = decide(Patch("demo", "1", "s", "w", "u", "r"), installed("1.0"))
     assert (found.state, "has no code for it yet" in found.reason) == ("skipped", True)
