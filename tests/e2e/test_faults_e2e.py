@@ -66,8 +66,9 @@ def test_strict_refuses_what_failed_while_the_model_was_loaded(lab: Lab) -> None
 
 
 def test_strict_refuses_at_once_what_cannot_be_applied(lab: Lab) -> None:
-    """Decided from the sources, before vLLM's code runs: one line, and no traceback."""
-    log = log_of_refusal(lab, ASCEND_PATCHES="rotary,gdn_attn")
+    """Decided before vLLM's code runs: one line, and no traceback. No NPU has gdn_attn's vLLM."""
+    wish = {"ASCEND_PATCHES": "rotary,gdn_attn", "ASCEND_PATCHES_DEVICE": "npu"}
+    log = log_of_refusal(lab, **wish)
     assert log == [log[0]], log
     assert log[0].startswith("ascend-patch: ASCEND_PATCHES_STRICT=1 and patch gdn_attn is skipped")
 
