@@ -53,12 +53,14 @@ def test_a_share_of_elements_may_miss_the_last_place_where_much_was_added_up(see
     """What is within the bound by its weight, and beyond one ulp: one in a thousand, no more."""
     got, expected = made(torch.bfloat16, seed)
     weight = torch.full_like(expected.value, 1e9)
-    off = got.flatten().clone()
+    off, value = got.flatten().clone(), expected.value.flatten().clone()
+    # Three units more are three units only where no power of two is between.
+    off[:5], value[:5] = 1.5, 1.5
     step = ulp(off.double(), torch.bfloat16)
     for count, fine in ((4, True), (5, False)):
         there = off.double()
         there[:count] += 3 * step[:count]
-        verdict = judge(there.to(torch.bfloat16).view(8, 512), Expected(expected.value, weight))
+        verdict = judge(there.to(torch.bfloat16).view(8, 512), Expected(value.view(8, 512), weight))
         assert bool(verdict.wrong) != fine
         assert fine or verdict.wrong == "result: 5 of 4096 elements are not within one ulp"
         assert fine or verdict.share > 1
