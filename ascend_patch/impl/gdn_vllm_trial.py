@@ -29,7 +29,7 @@ from ascend_patch.kernels.gdn import (
     gating_triton,
     recurrent_triton,
 )
-from ascend_patch.kernels.rope import triton_call
+from ascend_patch.kernels.triton_device import has_triton
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ BATCHES = (1, 2, 4, 8, 16)
 FIRST, OTHERS = 65, 16
 
 # Once, before anything is tried: what a self-test withdraws stays withdrawn.
-if triton_call._has_triton("nvidia"):
+if has_triton("nvidia"):
     for _module in (conv_triton, gating_triton, chunk_triton, recurrent_triton):
         _module.register()
 

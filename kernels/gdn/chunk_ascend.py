@@ -6,7 +6,6 @@ device is read. Triton is imported when a kernel first runs, never by importing 
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from ascend_patch.kernels import dispatch
 from ascend_patch.kernels.gdn import ascend_tiles, chunk_triton
 from ascend_patch.kernels.gdn.chunk import OPERATOR, Call
 from ascend_patch.kernels.gdn.reference import NORM_EPS
-from ascend_patch.kernels.rope import triton_call
+from ascend_patch.kernels.triton_device import cube_cores, has_triton, on_device
 
 NAME = "triton"
 _PRIORITY = 10
@@ -36,8 +35,8 @@ def supports(call: Call) -> tuple[bool, str]:
 
 def run(call: Call) -> None:
     """``reference.run`` in two launches; one where no sequence has tokens, for their states."""
-    cores = core_count(call.q.device.index or 0)
-    with triton_call.on_device(call.q.device):
+    cores = cube_cores(call.q.device.index or 0)
+    with on_device(call.q.device):
         for kernel, programs, values, constants in launches(call, cores):
             kernel[(programs,)](*values, **constants)
 
@@ -109,22 +108,13 @@ def launches(call: Call, cores: int) -> list[tuple[Any, int, tuple[Any, ...], di
     return found
 
 
-@cache
-def core_count(index: int) -> int:
-    """Cube cores of an NPU: as many programs of a kernel with matrix products run at a time."""
-    from triton.runtime import driver
-
-    utils: Any = driver.active.utils
-    return int(utils.get_device_properties(index)["num_aicore"])
-
-
 def register() -> bool:
     """Offer the kernels on NPUs; whether this process has Triton for Ascend.
 
     Not by default: they have been compiled and executed in their lowered form, and never run on an
     NPU. A self-test that compares them on the machine itself calls this first.
     """
-    if not triton_call._has_triton("ascend"):
+    if not has_triton("ascend"):
         return False
     dispatch.register(OPERATOR, "npu", dispatch.Implementation(NAME, run, supports, _PRIORITY))
     return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 from ascend_patch.kernels.gdn import chunk_triton
 from ascend_patch.kernels.gdn.chunk import Call
 from ascend_patch.kernels.gdn.chunk_triton import CHUNK, fresh
+from ascend_patch.kernels.triton_device import on_device
 
 NAME = "triton-fused"
 # Of a state, for one program. In parts of 32 columns Triton 3.6 reads shared memory out of range
@@ -18,6 +19,11 @@ COLUMNS = 64
 
 def run(call: Call) -> None:
     """``reference.run`` in two launches; one where no sequence has tokens, for their states."""
+    with on_device(call.q.device):
+        _launch(call)
+
+
+def _launch(call: Call) -> None:
     from ascend_patch.kernels.gdn.scan_kernel import scan_kernel
 
     sequences = len(call.starts) - 1

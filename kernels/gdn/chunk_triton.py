@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ascend_patch.kernels.gdn.chunk import OPERATOR, Call
 from ascend_patch.kernels.gdn.reference import NORM_EPS
+from ascend_patch.kernels.triton_device import on_device
 
 NAME = "triton"
 CHUNK = 64
@@ -75,6 +76,11 @@ def runs_ahead(k: Tensor) -> bool:
 
 def run(call: Call) -> None:
     """``reference.run`` in three launches; one where no sequence has tokens, for their states."""
+    with on_device(call.q.device):
+        _launch(call)
+
+
+def _launch(call: Call) -> None:
     from ascend_patch.kernels.gdn.carry_kernel import carry_kernel
     from ascend_patch.kernels.gdn.output_kernel import output_kernel
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ascend_patch.kernels import dispatch
 from ascend_patch.kernels.gdn import conv_tiles
 from ascend_patch.kernels.gdn.conv import OPERATOR, UPDATE, Call, UpdateCall
-from ascend_patch.kernels.rope.triton_call import core_count, on_device
+from ascend_patch.kernels.triton_device import on_device, vector_cores
 
 NAME = "triton"
 _PRIORITY = 10
@@ -190,7 +190,7 @@ def _launch(
 ) -> None:
     device = call.x.device
     npu = device.type == "npu"
-    cores = core_count(device.index or 0) if npu else 0
+    cores = vector_cores(device.index or 0) if npu else 0
     options = {} if npu else {"num_warps": tiles.warps, "num_stages": 1}
     grid = (conv_tiles.programs(items, call.x.shape[1], tiles, cores),)
     with on_device(device):

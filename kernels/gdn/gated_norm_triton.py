@@ -13,7 +13,7 @@ from torch import Tensor
 from ascend_patch.kernels import dispatch
 from ascend_patch.kernels.gdn.conv_tiles import next_power_of_two
 from ascend_patch.kernels.gdn.gated_norm import OPERATOR, Call
-from ascend_patch.kernels.rope.triton_call import core_count, on_device
+from ascend_patch.kernels.triton_device import on_device, vector_cores
 
 NAME = "triton"
 _PRIORITY = 10
@@ -73,7 +73,7 @@ def run(call: Call) -> None:
     npu = device.type == "npu"
     tiles = tiles_of(*layout[:2], call.group, device.type)
     values, constants = arguments(call, tiles)
-    programs = min(values[ITEMS], core_count(device.index or 0)) if npu else values[ITEMS]
+    programs = min(values[ITEMS], vector_cores(device.index or 0)) if npu else values[ITEMS]
     options = {} if npu else {"num_warps": tiles.warps, "num_stages": 1}
     with on_device(device):
         gated_norm_kernel[(programs,)](*values, **constants, **options)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ascend_patch.kernels import dispatch
 from ascend_patch.kernels.gdn.gating import OPERATOR, GatingCall
-from ascend_patch.kernels.rope.triton_call import core_count
+from ascend_patch.kernels.triton_device import on_device, vector_cores
 
 NAME = "triton"
 # Elements of a program's tile: on CUDA few, for many programs; on Ascend, as the offline compiler
@@ -38,10 +38,11 @@ def run(call: GatingCall) -> None:
         return
     device = call.a.device
     values, constants = arguments(call, "npu" if device.type == "npu" else "cuda")
-    programs = core_count(device.index or 0) if device.type == "npu" else _MAX_PROGRAMS
+    programs = vector_cores(device.index or 0) if device.type == "npu" else _MAX_PROGRAMS
     tiles = -(-call.a.shape[0] // constants["ROWS"])
     options = {} if device.type == "npu" else {"num_warps": 1}
-    gating_kernel[min(tiles, programs),](*values, **constants, **options)
+    with on_device(device):
+        gating_kernel[min(tiles, programs),](*values, **constants, **options)
 
 
 def arguments(call: GatingCall, kind: str) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ascend_patch.kernels import dispatch
 from ascend_patch.kernels.gdn.recurrent import OPERATOR, RecurrentCall
 from ascend_patch.kernels.gdn.reference import NORM_EPS
-from ascend_patch.kernels.rope.triton_call import core_count
+from ascend_patch.kernels.triton_device import on_device, vector_cores
 
 NAME = "triton"
 _SIZES = (64, 128, 256)
@@ -80,11 +80,10 @@ def run(call: RecurrentCall, chosen: Tiles | None = None) -> None:
     chosen = chosen if chosen is not None else tiles(call, kind)
     values, constants = arguments(call, chosen, kind)
     items = item_count(call, chosen)
-    if kind == "npu":
-        grid = min(items, core_count(device.index or 0))
-        recurrent_kernel[grid,](*values, **constants)
-    else:
-        recurrent_kernel[items,](*values, **constants, num_warps=chosen.warps, num_stages=1)
+    options = {} if kind == "npu" else {"num_warps": chosen.warps, "num_stages": 1}
+    with on_device(device):
+        grid = min(items, vector_cores(device.index or 0)) if kind == "npu" else items
+        recurrent_kernel[grid,](*values, **constants, **options)
 
 
 def item_count(call: RecurrentCall, chosen: Tiles) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ascend_patch.kernels import dispatch
 from ascend_patch.kernels.kv_layout import merge_tiles
 from ascend_patch.kernels.kv_layout.merge import OPERATOR, MergeCall, dtype_of
-from ascend_patch.kernels.rope import triton_call
+from ascend_patch.kernels.triton_device import has_triton, on_device, vector_cores
 
 NAME = "triton"
 _PRIORITY = 10
@@ -83,9 +83,9 @@ def launch(prepared: Launch, device: torch.device, cores: int = 0) -> None:
 
     programs = prepared.tasks
     if prepared.constants["LOOPS"]:
-        programs = min(programs, cores or triton_call.core_count(device.index or 0))
+        programs = min(programs, cores or vector_cores(device.index or 0))
     options = {} if prepared.constants["LOOPS"] else {"num_warps": prepared.warps}
-    with triton_call.on_device(device):
+    with on_device(device):
         merge_kernel[(programs,)](*prepared.values, **prepared.constants, **options)
 
 
@@ -166,13 +166,13 @@ def ascend_buffer_bytes(prepared: Launch) -> int:
 
 def register() -> None:
     """Offer the kernel where a GPU's Triton is installed."""
-    if triton_call._has_triton("nvidia"):
+    if has_triton("nvidia"):
         dispatch.register(OPERATOR, "cuda", _implementation())
 
 
 def register_on_npu() -> bool:
     """Offer the kernel on NPUs; whether this process has Triton for Ascend."""
-    if not triton_call._has_triton("ascend"):
+    if not has_triton("ascend"):
         return False
     dispatch.register(OPERATOR, "npu", _implementation())
     return True

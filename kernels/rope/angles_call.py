@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ascend_patch.kernels import dispatch
 from ascend_patch.kernels.rope import tiles, triton_call
+from ascend_patch.kernels.triton_device import on_device, vector_cores
 
 OPERATOR = "apply_rotary"
 
@@ -72,10 +73,10 @@ def launch(planned: int, tokens: int, *call: Any) -> None:
     plan = plan_of(planned, *call)
     values, constants = arguments(tokens, plan, *call)
     npu = device.type == "npu"
-    cores = triton_call.core_count(device.index or 0) if npu else tiles.MAX_PROGRAMS
+    cores = vector_cores(device.index or 0) if npu else tiles.MAX_PROGRAMS
     grid = tiles.grid(plan, tokens, constants["HEADS"], 0, cores)
     options = {} if npu else {"num_warps": plan.num_warps}
-    with triton_call.on_device(device):
+    with on_device(device):
         angles_kernel[grid](*values, **constants, **options)
 
 

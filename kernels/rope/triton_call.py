@@ -5,10 +5,7 @@ Triton is imported when a kernel first runs, never by importing this module.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +13,7 @@ from torch import Tensor
 
 from ascend_patch.kernels import dispatch
 from ascend_patch.kernels.rope import tiles
+from ascend_patch.kernels.triton_device import has_triton, on_device, vector_cores
 
 NAME = "triton"
 _PRIORITY = 10
@@ -118,7 +116,7 @@ def register(operator: str, run: Any = rotary_embedding_into, verifier: Any = su
     Until a self-test at load compares it with the host's own kernel on the machine itself, the
     reference serves the cases that reach us. `register_on_npu` is what that test will call.
     """
-    if _has_triton("nvidia"):
+    if has_triton("nvidia"):
         dispatch.register(operator, "cuda", _implementation(run, verifier))
 
 
@@ -126,7 +124,7 @@ def register_on_npu(
     operator: str, run: Any = rotary_embedding_into, verifier: Any = supports
 ) -> bool:
     """Offer a kernel on NPUs; whether this process has Triton for Ascend."""
-    if not _has_triton("ascend"):
+    if not has_triton("ascend"):
         return False
     dispatch.register(operator, "npu", _implementation(run, verifier))
     return True
@@ -136,19 +134,12 @@ def _implementation(run: Any, verifier: Any) -> dispatch.Implementation:
     return dispatch.Implementation(NAME, run, verifier, _PRIORITY)
 
 
-def _has_triton(backend: str) -> bool:
-    """Is there a triton with this backend? Looks at the file system, imports nothing."""
-    spec = importlib.util.find_spec("triton")
-    folders = spec.submodule_search_locations if spec is not None else None
-    return any(os.path.isdir(os.path.join(f, "backends", backend)) for f in folders or ())
-
-
 def _launch(planned: int, tokens: int, *call: Any) -> None:
     """Launch the variant for ``planned`` tokens over ``tokens`` of them."""
     device = call[3].device
     plan = plan_of(planned, *call)
     values, constants = arguments(tokens, plan, *call)
-    cores = core_count(device.index or 0) if device.type == "npu" else tiles.MAX_PROGRAMS
+    cores = vector_cores(device.index or 0) if device.type == "npu" else tiles.MAX_PROGRAMS
     heads = constants["QUERY_HEADS"], constants["KEY_HEADS"]
     options = {} if device.type == "npu" else {"num_warps": plan.num_warps}
     with on_device(device):
@@ -264,22 +255,3 @@ def _head_count(x: Tensor | None, head_size: int) -> int:
 
 def _head_stride(x: Tensor, head_size: int) -> int:
     return int(x.stride(1)) if x.dim() == 3 else head_size
-
-
-@cache
-def core_count(index: int) -> int:
-    """Vector cores of an NPU: as many programs run at a time."""
-    from triton.runtime import driver
-
-    utils: Any = driver.active.utils
-    return int(utils.get_device_properties(index)["num_vectorcore"])
-
-
-def on_device(device: torch.device) -> Any:
-    """Make ``device`` current: Triton launches on the current one, not on its arguments'."""
-    module: Any = getattr(torch, device.type)
-    if device.type == "cpu" or device.index is None:
-        from contextlib import nullcontext
-
-        return nullcontext()
-    return module.device(device.index)

@@ -21,7 +21,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from ascend_patch.kernels.gdn import ascend_tiles, chunk, chunk_ascend  # noqa: E402
-from ascend_patch.kernels.rope import triton_call  # noqa: E402
+from ascend_patch.kernels.triton_device import has_triton  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 TABLE = HERE.parents[1] / "docs" / "ascend" / "gdn.csv"
@@ -176,6 +176,6 @@ def test_columns_fit_and_keep_the_cores_at_work(size, width, cores):
 
 
 def test_nobody_offers_them_without_triton_for_ascend():
-    if triton_call._has_triton("ascend"):
+    if has_triton("ascend"):
         pytest.skip("triton for Ascend is installed")
     assert chunk_ascend.register() is False
