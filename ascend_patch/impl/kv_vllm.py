@@ -11,7 +11,10 @@ from typing import Any
 
 import zmq
 
-from ascend_patch.impl import kv_handshake, kv_vllm_caches, kv_vllm_wire
+from ascend_patch.impl import kv_handshake, kv_settings, kv_vllm_caches, kv_vllm_wire
+from ascend_patch.impl.kv_settings import DEFAULT_RETRIES as DEFAULT_RETRIES
+from ascend_patch.impl.kv_settings import RETRIES as RETRIES
+from ascend_patch.impl.kv_settings import TIMEOUT as TIMEOUT
 from ascend_patch.impl.kv_vllm_receive import Receiver
 from ascend_patch.impl.kv_vllm_send import Sender
 from ascend_patch.impl.kv_vllm_wire import log
@@ -24,14 +27,12 @@ SENDER, RECEIVER, SETTINGS, LOCKS = (
     f"ascend_patch_{one}" for one in ("sender", "receiver", "settings", "locks")
 )
 RANGES = 1024
-RETRIES, TIMEOUT = "pull_retries", "pull_timeout_s"
-DEFAULT_RETRIES = 2
 READY_S = 120.0
 
 
 def worker_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
     """MooncakeConnectorWorker.__init__: read our settings, and understand our field."""
-    settings = read_settings(*args, **kwargs)
+    settings = _settings(*args, **kwargs)
     wrapped(*args, **kwargs)
     setattr(instance, SETTINGS, settings)
     instance._xfer_meta_decoder = kv_vllm_wire.ask_decoder()
@@ -39,22 +40,10 @@ def worker_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> 
     instance.async_zmq_ctx.set(zmq.MAX_SOCKETS, instance.async_zmq_ctx.get(zmq.SOCKET_LIMIT))
 
 
-def read_settings(vllm_config: Any, engine_id: str) -> tuple[int, float]:
-    """(retries, seconds) of kv_connector_extra_config.
-
-    Raises:
-        ValueError: One of them is no number that makes sense.
-    """
+def _settings(vllm_config: Any, engine_id: str) -> kv_settings.Settings:
     from vllm import envs
 
-    given = vllm_config.kv_transfer_config.kv_connector_extra_config
-    retries = given.get(RETRIES, DEFAULT_RETRIES)
-    timeout = given.get(TIMEOUT, envs.VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT)
-    if type(retries) is not int or retries < 0:
-        raise ValueError(f"{RETRIES} of {engine_id} is {retries!r}; give a number from 0")
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0:
-        raise ValueError(f"{TIMEOUT} of {engine_id} is {timeout!r}; give seconds above 0")
-    return retries, float(timeout)
+    return kv_settings.read(vllm_config, engine_id, envs.VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT)
 
 
 def register_kv_caches(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
@@ -91,7 +80,7 @@ def _register(worker: Any, kv_caches: dict[str, Any]) -> None:
     worker.num_blocks, worker.block_len = caches.num_blocks, caches.block_bytes
     worker.device_kv_caches = kv_caches
     model = str(worker.model_config.model)
-    retries, timeout = getattr(worker, SETTINGS)
+    settings = getattr(worker, SETTINGS)
     log.info(
         "kv connector: rank %d of TP %d, %d regions of %d blocks of %d tokens, %s%s, %s",
         worker.tp_rank,
@@ -105,7 +94,7 @@ def _register(worker: Any, kv_caches: dict[str, Any]) -> None:
     )
     views = [region.view for region in caches.regions]
     if not worker.is_kv_producer:
-        receiver = Receiver(worker, side, model, timeout=timeout, retries=retries, views=views)
+        receiver = Receiver(worker, side, model, views=views, **settings._asdict())
         setattr(worker, RECEIVER, receiver)
     if not worker.is_kv_consumer:
         _listen(worker, side, model, views)

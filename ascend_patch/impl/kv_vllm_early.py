@@ -12,7 +12,8 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from ascend_patch.impl.kv_vllm import RECEIVER, TIMEOUT
+from ascend_patch.impl import kv_settings
+from ascend_patch.impl.kv_vllm import RECEIVER, SETTINGS
 from ascend_patch.impl.kv_vllm_link import Link, LostError
 from ascend_patch.impl.kv_vllm_talk import SETTLE_S
 from ascend_patch.impl.kv_vllm_wire import log
@@ -25,6 +26,17 @@ TP_SIZE = "ascend_patch_tp_size"
 # How long 0.13 to 0.15 wait.
 DEFAULT_TIMEOUT_S = 60.0
 DONE = b"trans_done"
+
+
+def worker_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
+    """MooncakeConnectorWorker.__init__: read our settings."""
+    settings = _settings(*args, **kwargs)
+    wrapped(*args, **kwargs)
+    setattr(instance, SETTINGS, settings)
+
+
+def _settings(vllm_config: Any, engine_id: str) -> kv_settings.Settings:
+    return kv_settings.read(vllm_config, engine_id, DEFAULT_TIMEOUT_S)
 
 
 class Failures:
@@ -112,8 +124,7 @@ async def _receive(worker: Any, path: str, req_blocks: list[tuple[str, list[int]
     import importlib
 
     host = importlib.import_module(type(worker).__module__)
-    extra = worker.vllm_config.kv_transfer_config.kv_connector_extra_config
-    timeout = float(extra.get(TIMEOUT, DEFAULT_TIMEOUT_S))
+    timeout = getattr(worker, SETTINGS).timeout
     requests, blocks = [one for one, _ in req_blocks], [ids for _, ids in req_blocks]
     asked = host.MooncakeAgentMetadata(
         remote_hostname=worker.hostname,

@@ -98,6 +98,7 @@ def _early(symbol: str, *context: str) -> Target:
 
 
 REFUSES = (
+    Target(f"{EARLY_WORKER}.__init__", "host", f"{OURS}_early:worker_init"),
     _early(f"{EARLY_SCHEDULER}.request_finished"),
     _early(f"{EARLY_SCHEDULER}.build_connector_meta", f"{EARLY}:MooncakeConnectorMetadata"),
     _early(f"{EARLY_WORKER}.group_kv_pull", f"{EARLY_WORKER}.start_load_kv"),

@@ -30,13 +30,16 @@ class MooncakeAgentMetadata(msgspec.Struct, omit_defaults=True):
     block_ids: list[list[int]]
 
 
+def config(**extra: Any) -> Any:
+    transfer = SimpleNamespace(kv_connector_extra_config=extra)
+    return SimpleNamespace(kv_transfer_config=transfer)
+
+
 class Worker:
     """What is used of MooncakeConnectorWorker."""
 
     def __init__(self, timeout: float = 5.0) -> None:
-        extra = {"pull_timeout_s": timeout}
-        transfer = SimpleNamespace(kv_connector_extra_config=extra)
-        self.vllm_config = SimpleNamespace(kv_transfer_config=transfer)
+        kv_vllm_early.worker_init(lambda *_: None, self, (config(pull_timeout_s=timeout), "e"), {})
         self.tp_rank, self.tp_size = 0, 2
         self.hostname, self.rpc_port, self.kv_caches_base_addr = "127.0.0.1", 1, [16]
         self.finished_recving_reqs: Any = set()
@@ -48,6 +51,16 @@ def meta(size: int | None) -> Any:
     return SimpleNamespace(
         local_block_ids=BLOCKS, remote_host="host", remote_port=7, ascend_patch_tp=size
     )
+
+
+def test_settings_are_read_before_the_host_begins() -> None:
+    worker = SimpleNamespace()
+    began: list[Any] = []
+    kv_vllm_early.worker_init(lambda *given: began.append(given), worker, (config(), "e"), {})
+    assert vars(worker) == {kv_vllm.SETTINGS: (2, 60.0)}
+    with pytest.raises(ValueError, match="pull_timeout_s in kv_connector_extra_config of e is"):
+        kv_vllm_early.worker_init(pytest.fail, worker, (config(pull_timeout_s="9"), "e"), {})
+    assert len(began) == 1
 
 
 def test_a_prefill_server_tells_its_size_to_decode() -> None:
