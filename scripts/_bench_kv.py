@@ -1,4 +1,4 @@
-"""What a KV transfer costs besides the wire: scripts/bench kv [merge | descriptors].
+"""What a KV transfer costs: scripts/bench kv [merge | descriptors | ttft].
 
 `merge`, on a CUDA device: merge_head_shards_ over one request's blocks, in place and from staging
 buffers, beside torch and a copy of as many bytes. Every call is checked, byte by byte, before
@@ -9,6 +9,9 @@ copy in one run are comparable, times of two machines are not.
 `descriptors`, on any machine: byte ranges for each ratio of tensor parallel sizes, how many of them
 a block takes before and after neighbours are joined, and the host's time to list them; `staged` is
 how many there are where heads of tokens go through a buffer of 64 MiB.
+
+`ttft`, on any machine: time to the first token through real servers, for each ratio. It has options
+of its own: scripts/bench kv ttft --help.
 """
 
 from __future__ import annotations
@@ -41,8 +44,14 @@ STAGING = 64 << 20  # bytes of a buffer
 
 
 def main(argv: list[str]) -> int:
+    if argv[:1] == ["ttft"]:
+        from _bench_kv_ttft import main as ttft
+
+        return ttft(argv[1:])
     parser = argparse.ArgumentParser(prog="scripts/bench kv", description=__doc__)
-    parser.add_argument("what", nargs="?", default="merge", choices=("merge", "descriptors"))
+    parser.add_argument(
+        "what", nargs="?", default="merge", choices=("merge", "descriptors", "ttft")
+    )
     parser.add_argument("--out", type=Path, help="folder for kv_merge.csv or kv_descriptors.csv")
     parser.add_argument("--commit", default="", help="what to record where git is not there")
     parser.add_argument("--sweep", action="store_true", help="tiles of other sizes too")
