@@ -26,12 +26,18 @@ CHUNK = 65536
 class Proxy:
     """A running proxy; a context manager that starts and stops it.
 
+    The port is bound at once, before there are servers: whoever asks early waits.
+
     Args:
+        port: 0 for a free one.
         report: Called for each request with a line: how long prefill and the first token took.
+
+    Raises:
+        ServerError: The port cannot be had.
     """
 
     def __init__(self, pair: Pair, port: int, report: Callable[[str], None] = print) -> None:
-        self.pair, self.port, self.report = pair, port, report
+        self.pair, self.report = pair, report
         self.first_tokens: list[float] = []
         proxy = self
 
@@ -47,7 +53,14 @@ class Proxy:
             def log_message(self, *words: Any) -> None:
                 """Its own lines are enough."""
 
-        self._server = ThreadingHTTPServer((HOST, port), Handler)
+        try:
+            self._server = ThreadingHTTPServer((HOST, port), Handler)
+        except (OSError, OverflowError) as error:
+            raise ServerError(
+                f"The proxy cannot listen at {HOST}:{port} ({error}); name another port with "
+                "--port, or none for a free one."
+            ) from error
+        self.port = self._server.server_port
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
     def __enter__(self) -> Proxy:
