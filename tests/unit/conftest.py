@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 import types
 from collections.abc import Iterator
@@ -113,3 +114,27 @@ def ours() -> types.ModuleType:
     module.host, module.function, module.method = host, function, method
     sys.modules["ap_ours"] = module
     return module
+
+
+@pytest.fixture
+def kv_host(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """vLLM's Mooncake connector; pulls that fail are begun again, and end, without much waiting."""
+    pytest.importorskip("torch", reason="torch is not installed here")
+    import kv_engine
+
+    from ascend_patch.impl import kv_vllm_pull, kv_vllm_talk
+
+    monkeypatch.setattr(kv_vllm_pull, "BACKOFF_S", 0.05)
+    monkeypatch.setattr(kv_vllm_talk, "SETTLE_S", 0.05)
+    return kv_engine.connector(monkeypatch)
+
+
+@pytest.fixture
+def kv_lines(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> pytest.LogCaptureFixture:
+    """What transfers log; at which level vLLM was imported by another test does not matter."""
+    # vLLM's logger hands nothing on, and its level is what the environment said at import.
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="vllm")
+    return caplog

@@ -7,9 +7,6 @@ message formats; not real is Mooncake's engine, which copies between tensors of 
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import importlib
-import sys
 import threading
 import time
 import types
@@ -18,60 +15,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-import pytest
 import torch
+from kv_engine import Engine
 
 from ascend_patch.impl import kv_vllm, kv_vllm_wire
 from ascend_patch.impl.kv_vllm_receive import Receiver
 from ascend_patch.impl.kv_vllm_send import Sender
 from ascend_patch.kernels.kv_layout import LayerGroup, Side
 
-MODULE = "vllm.distributed.kv_transfer.kv_connector.v1.mooncake.mooncake_connector"
 LAYERS, BLOCKS, TOKENS, WIDTH = 2, 9, 4, 8
 PREFILL = "prefill-engine"
-
-
-def connector(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Import the host's module, over a stub of Mooncake's engine where that is not installed."""
-    pytest.importorskip("vllm", reason="vLLM is not installed here")
-    try:
-        import mooncake.engine  # noqa: F401
-    except ImportError:
-        package, engine = types.ModuleType("mooncake"), types.ModuleType("mooncake.engine")
-        engine.TransferEngine = object  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "mooncake", package)
-        monkeypatch.setitem(sys.modules, "mooncake.engine", engine)
-    return importlib.import_module(MODULE)
-
-
-class Engine:
-    """Copies bytes. `codes` are answers instead of copies; `hold` stops it half-way."""
-
-    def __init__(self) -> None:
-        self.codes: list[int] = []
-        self.hold = threading.Event()
-        self.hold.set()
-        self.writing = threading.Event()
-        self.calls = 0
-        self.ranges = 0
-
-    def batch_register_memory(self, addresses: list[int], lengths: list[int]) -> int:
-        return 0
-
-    def batch_transfer_sync_write(
-        self, session: str, local: list[int], remote: list[int], lengths: list[int]
-    ) -> int:
-        self.calls += 1
-        self.ranges += len(lengths)
-        if self.codes:
-            return self.codes.pop(0)
-        half = len(local) // 2
-        for number, (source, target, length) in enumerate(zip(local, remote, lengths, strict=True)):
-            if number == half:
-                self.writing.set()
-                assert self.hold.wait(20)
-            ctypes.memmove(target, source, length)
-        return 0
+# Of a request of three blocks, on either side.
+P_BLOCKS, D_BLOCKS = [1, 2, 5], [7, 3, 4]
+RATIOS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4), (4, 2), (2, 4))
 
 
 def side(tp: int, heads: int, layout: str) -> Side:
@@ -274,6 +230,10 @@ class World:
             torch.equal(r.blocks(blocks), found[..., r.heads.first : r.heads.end, :])
             for r in self.decode
         )
+
+    def invalid(self) -> set[int]:
+        """Blocks that decode ranks have newly reported as not loaded."""
+        return set().union(*(one.take_invalid() for one in self.receivers))
 
     def untouched(self, blocks: list[int]) -> bool:
         """Whether nobody has written to other blocks than these."""

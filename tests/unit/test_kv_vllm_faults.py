@@ -3,50 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import Any
 
 import kv_ranks
 import pytest
-from kv_ranks import World, wait_until
+from kv_ranks import D_BLOCKS, P_BLOCKS, World, wait_until
 
 from ascend_patch.impl import (
     kv_vllm,
     kv_vllm_link,
-    kv_vllm_pull,
     kv_vllm_send,
-    kv_vllm_talk,
 )
-
-P_BLOCKS, D_BLOCKS = [1, 2, 5], [7, 3, 4]
-RATIOS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4), (4, 2), (2, 4))
-
 
 # Nothing listens there: the port belongs to no service.
 DEAD = "tcp://127.0.0.1:1"
 
 
-@pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(kv_vllm_pull, "BACKOFF_S", 0.05)
-    monkeypatch.setattr(kv_vllm_talk, "SETTLE_S", 0.05)
-    return kv_ranks.connector(monkeypatch)
-
-
-@pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Any:
-    # vLLM's logger hands nothing on, and its level is what the environment said at import.
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    caplog.set_level(logging.INFO, logger="vllm")
-    return caplog
-
-
-def invalid(world: World) -> set[int]:
-    return set().union(*(one.take_invalid() for one in world.receivers))
-
-
 @pytest.mark.parametrize("sizes", [(2, 1), (1, 2), (1, 1)], ids=str)
-def test_lost_and_doubled_messages_change_nothing(host, sizes, monkeypatch) -> None:
+def test_lost_and_doubled_messages_change_nothing(kv_host, sizes, monkeypatch) -> None:
     count = 0
 
     def losing(send: Any) -> Any:
@@ -59,7 +33,7 @@ def test_lost_and_doubled_messages_change_nothing(host, sizes, monkeypatch) -> N
         return lose
 
     async def run() -> None:
-        async with World(host, *sizes, timeout=30) as world:
+        async with World(kv_host, *sizes, timeout=30) as world:
             for receiver in world.receivers:
                 receiver.repeat = 0.05
             # An equal pair asks once until it has heard that the peer is patched.
@@ -72,15 +46,15 @@ def test_lost_and_doubled_messages_change_nothing(host, sizes, monkeypatch) -> N
                 await world.pull(number, D_BLOCKS)
                 await wait_until(lambda n=number: world.pulled(n) and world.freed(n), 30)
                 assert world.right(number, D_BLOCKS)
-            assert not invalid(world)
+            assert not world.invalid()
 
     asyncio.run(run())
     assert count > 20
 
 
-def test_an_engine_that_fails_is_asked_again(host, lines) -> None:
+def test_an_engine_that_fails_is_asked_again(kv_host, kv_lines) -> None:
     async def run() -> None:
-        async with World(host, 2, 1) as world:
+        async with World(kv_host, 2, 1) as world:
             world.prefill[1].engine.codes = [-1]
             await world.prefilled(1, P_BLOCKS)
             await world.pull(1, D_BLOCKS)
@@ -90,52 +64,52 @@ def test_an_engine_that_fails_is_asked_again(host, lines) -> None:
             assert world.prefill[0].engine.calls == 1
 
     asyncio.run(run())
-    assert "prefill TP 2 -> decode TP 1, decode rank 0" in lines.text
-    assert "prefill rank 1 at tcp://127.0.0.1:" in lines.text
-    assert "transfer engine returned -1; asking again (2 left)" in lines.text
+    assert "prefill TP 2 -> decode TP 1, decode rank 0" in kv_lines.text
+    assert "prefill rank 1 at tcp://127.0.0.1:" in kv_lines.text
+    assert "transfer engine returned -1; asking again (2 left)" in kv_lines.text
 
 
-def test_an_engine_that_goes_on_failing_fails_the_request_and_frees_both_sides(host) -> None:
+def test_an_engine_that_goes_on_failing_fails_the_request_and_frees_both_sides(kv_host) -> None:
     async def run() -> None:
-        async with World(host, 2, 1, retries=1) as world:
+        async with World(kv_host, 2, 1, retries=1) as world:
             world.prefill[0].engine.codes = [-1] * 9
             await world.prefilled(1, P_BLOCKS)
             await world.pull(1, D_BLOCKS)
             await wait_until(lambda: world.pulled(1) and world.freed(1))
             assert world.prefill[0].engine.calls == 2
-            assert invalid(world) == set(D_BLOCKS)
+            assert world.invalid() == set(D_BLOCKS)
             assert not any(rank.worker.reqs_need_send for rank in world.prefill)
 
     asyncio.run(run())
 
 
-def test_blocks_are_kept_while_a_push_that_stopped_may_go_on(host, lines) -> None:
+def test_blocks_are_kept_while_a_push_that_stopped_may_go_on(kv_host, kv_lines) -> None:
     async def run() -> None:
-        async with World(host, 2, 1, timeout=0.5) as world:
+        async with World(kv_host, 2, 1, timeout=0.5) as world:
             world.prefill[1].engine.hold.clear()
             await world.prefilled(1, P_BLOCKS)
             await world.pull(1, D_BLOCKS)
             found: set[int] = set()
-            await wait_until(lambda: bool(found.update(invalid(world)) or found))
+            await wait_until(lambda: bool(found.update(world.invalid()) or found))
             assert found == set(D_BLOCKS)
             await asyncio.sleep(0.5)
             assert not world.pulled(1)
             world.prefill[1].engine.hold.set()
             await wait_until(lambda: world.pulled(1) and world.freed(1))
             # Reported once.
-            assert not invalid(world)
+            assert not world.invalid()
 
     asyncio.run(run())
-    assert "there was no answer within 0.5 s" in lines.text
-    assert "prefill ranks [1] may still be writing; its blocks are kept" in lines.text
+    assert "there was no answer within 0.5 s" in kv_lines.text
+    assert "prefill ranks [1] may still be writing; its blocks are kept" in kv_lines.text
 
 
-def test_a_prefill_that_never_computes_is_given_up_in_time(host) -> None:
+def test_a_prefill_that_never_computes_is_given_up_in_time(kv_host) -> None:
     async def run() -> None:
-        async with World(host, 2, 1, timeout=0.5) as world:
+        async with World(kv_host, 2, 1, timeout=0.5) as world:
             await world.pull(1, D_BLOCKS)
             await wait_until(lambda: world.pulled(1))
-            assert invalid(world) == set(D_BLOCKS)
+            assert world.invalid() == set(D_BLOCKS)
             # It comes too late: its blocks are freed at once, and nobody is written to.
             await world.prefilled(1, P_BLOCKS)
             await wait_until(lambda: world.freed(1))
@@ -144,58 +118,58 @@ def test_a_prefill_that_never_computes_is_given_up_in_time(host) -> None:
     asyncio.run(run())
 
 
-def test_a_prefill_that_ends_with_nothing_to_send_says_so_at_once(host, lines) -> None:
+def test_a_prefill_that_ends_with_nothing_to_send_says_so_at_once(kv_host, kv_lines) -> None:
     async def run() -> None:
-        async with World(host, 2, 1) as world:
+        async with World(kv_host, 2, 1) as world:
             await world.pull(1, D_BLOCKS)
             await asyncio.sleep(0.1)
             for rank in world.prefill:
                 await world.record(rank, 1, [])
-                metadata = host.MooncakeConnectorMetadata()
+                metadata = kv_host.MooncakeConnectorMetadata()
                 metadata.reqs_not_processed.add("t1")
                 await rank.worker.record_send_reqs(metadata)
             await wait_until(lambda: world.pulled(1), 5)
-            assert invalid(world) == set(D_BLOCKS)
+            assert world.invalid() == set(D_BLOCKS)
 
     asyncio.run(run())
-    assert "the prefill server ended the request with nothing to send" in lines.text
+    assert "the prefill server ended the request with nothing to send" in kv_lines.text
 
 
-def test_nobody_listening_is_found_out_and_the_address_is_asked_again(host, lines) -> None:
+def test_nobody_listening_is_found_out_and_the_address_is_asked_again(kv_host, kv_lines) -> None:
     async def run() -> None:
-        async with World(host, 2, 1, retries=50) as world:
+        async with World(kv_host, 2, 1, retries=50) as world:
             right, world.addresses = dict(world.addresses), {0: world.addresses[0], 1: DEAD}
             await world.prefilled(1, P_BLOCKS)
             await world.pull(1, D_BLOCKS)
-            await wait_until(lambda: "asking again" in lines.text)
+            await wait_until(lambda: "asking again" in kv_lines.text)
             world.addresses = right
             await wait_until(lambda: world.pulled(1) and world.freed(1))
             assert world.right(1, D_BLOCKS)
 
     asyncio.run(run())
-    assert f"the connection to {DEAD} was refused or ended" in lines.text
+    assert f"the connection to {DEAD} was refused or ended" in kv_lines.text
 
 
-def test_a_request_whose_blocks_expired_is_refused_at_once(host, lines) -> None:
+def test_a_request_whose_blocks_expired_is_refused_at_once(kv_host, kv_lines) -> None:
     async def run() -> None:
-        async with World(host, 2, 1, retries=0) as world:
+        async with World(kv_host, 2, 1, retries=0) as world:
             await world.prefilled(1, P_BLOCKS)
             for rank in world.prefill:
                 rank.worker.reqs_need_send["t1"].expire_time = 0.0
                 assert await rank.worker.fetch_finished_sending_reqs() == {"p1"}
             await world.pull(1, D_BLOCKS)
             await wait_until(lambda: world.pulled(1), 5)
-            assert invalid(world) == set(D_BLOCKS)
+            assert world.invalid() == set(D_BLOCKS)
             assert world.untouched([])
             assert not world.prefill[0].worker.finished_sending_reqs
 
     asyncio.run(run())
-    assert "its blocks were freed, because nobody fetched them" in lines.text
+    assert "its blocks were freed, because nobody fetched them" in kv_lines.text
 
 
-def test_a_prefill_that_was_restarted_behind_the_same_port_is_noticed(host, lines) -> None:
+def test_a_prefill_that_was_restarted_behind_the_same_port_is_noticed(kv_host, kv_lines) -> None:
     async def run() -> None:
-        async with World(host, 2, 1, retries=0) as world:
+        async with World(kv_host, 2, 1, retries=0) as world:
             for receiver in world.receivers:
                 receiver.repeat = 0.05
             await world.pull(1, D_BLOCKS)
@@ -206,28 +180,30 @@ def test_a_prefill_that_was_restarted_behind_the_same_port_is_noticed(host, line
             )
             setattr(old.worker, kv_vllm.SENDER, new)
             await wait_until(lambda: world.pulled(1), 5)
-            assert invalid(world) == set(D_BLOCKS)
+            assert world.invalid() == set(D_BLOCKS)
 
     asyncio.run(run())
-    assert "the prefill server was restarted meanwhile" in lines.text
+    assert "the prefill server was restarted meanwhile" in kv_lines.text
 
 
-def test_an_engine_that_the_bootstrap_server_does_not_know_is_a_sentence(host, lines) -> None:
+def test_an_engine_that_the_bootstrap_server_does_not_know_is_a_sentence(kv_host, kv_lines) -> None:
     async def run() -> None:
-        async with World(host, 2, 1, retries=1) as world:
+        async with World(kv_host, 2, 1, retries=1) as world:
             meta = world.meta(1, D_BLOCKS)
             meta.remote_engine_id = "before-the-restart"
             await world.receivers[0].start({"before-the-restart": {"d1": meta}})
             await wait_until(lambda: world.pulled(1), 5)
-            assert invalid(world) == set(D_BLOCKS)
+            assert world.invalid() == set(D_BLOCKS)
 
     asyncio.run(run())
-    assert "knows no prefill server before-the-restart" in lines.text
+    assert "knows no prefill server before-the-restart" in kv_lines.text
 
 
-def test_a_bootstrap_server_that_hangs_is_asked_once_and_given_up_in_time(host, lines) -> None:
+def test_a_bootstrap_server_that_hangs_is_asked_once_and_given_up_in_time(
+    kv_host, kv_lines
+) -> None:
     async def run() -> None:
-        async with World(host, 2, 1, timeout=0.6) as world:
+        async with World(kv_host, 2, 1, timeout=0.6) as world:
             asked: list[str] = []
 
             async def hang(address: str) -> Any:
@@ -239,7 +215,7 @@ def test_a_bootstrap_server_that_hangs_is_asked_once_and_given_up_in_time(host, 
                 await world.pull(number, [number % 9])
             await wait_until(lambda: all(world.pulled(n) for n in range(20)), 5)
             assert asked == ["http://none"]
-            assert invalid(world) == set(range(9))
+            assert world.invalid() == set(range(9))
 
     asyncio.run(run())
-    assert "its bootstrap server gave no answer in time" in lines.text
+    assert "its bootstrap server gave no answer in time" in kv_lines.text

@@ -3,55 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from typing import Any
 
 import kv_ranks
 import pytest
 import torch
-from kv_ranks import World, wait_until
+from kv_ranks import D_BLOCKS, P_BLOCKS, RATIOS, World, wait_until
 
 from ascend_patch.impl import (
-    kv_vllm_pull,
     kv_vllm_push,
-    kv_vllm_talk,
 )
-
-P_BLOCKS, D_BLOCKS = [1, 2, 5], [7, 3, 4]
-RATIOS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4), (4, 2), (2, 4))
-
-
-@pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(kv_vllm_pull, "BACKOFF_S", 0.05)
-    monkeypatch.setattr(kv_vllm_talk, "SETTLE_S", 0.05)
-    return kv_ranks.connector(monkeypatch)
-
-
-@pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Any:
-    # vLLM's logger hands nothing on, and its level is what the environment said at import.
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    caplog.set_level(logging.INFO, logger="vllm")
-    return caplog
-
-
-def invalid(world: World) -> set[int]:
-    return set().union(*(one.take_invalid() for one in world.receivers))
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize("sizes", RATIOS, ids=str)
-def test_decode_holds_what_it_would_have_computed(host, sizes, layout, heads) -> None:
+def test_decode_holds_what_it_would_have_computed(kv_host, sizes, layout, heads) -> None:
     async def run() -> None:
-        async with World(host, *sizes, heads=heads, layout=layout) as world:
+        async with World(kv_host, *sizes, heads=heads, layout=layout) as world:
             await world.prefilled(1, P_BLOCKS)
             await world.pull(1, D_BLOCKS)
             await wait_until(lambda: world.pulled(1) and world.freed(1))
             assert world.right(1, D_BLOCKS)
             assert world.untouched(D_BLOCKS)
-            assert not invalid(world)
+            assert not world.invalid()
             assert not any(rank.worker.reqs_need_send for rank in world.prefill)
 
     asyncio.run(run())
@@ -59,9 +33,9 @@ def test_decode_holds_what_it_would_have_computed(host, sizes, layout, heads) ->
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize("sizes", [(3, 2), (2, 3), (6, 2), (1, 3)], ids=str)
-def test_sizes_need_not_divide_each_other(host, sizes, layout) -> None:
+def test_sizes_need_not_divide_each_other(kv_host, sizes, layout) -> None:
     async def run() -> None:
-        async with World(host, *sizes, heads=6, layout=layout) as world:
+        async with World(kv_host, *sizes, heads=6, layout=layout) as world:
             await world.prefilled(1, P_BLOCKS)
             await world.pull(1, D_BLOCKS)
             await wait_until(lambda: world.pulled(1) and world.freed(1))
@@ -72,13 +46,13 @@ def test_sizes_need_not_divide_each_other(host, sizes, layout) -> None:
 
 
 @pytest.mark.parametrize("room", [None, 256])
-def test_heads_taken_token_by_token_are_packed_first(host, room, monkeypatch) -> None:
+def test_heads_taken_token_by_token_are_packed_first(kv_host, room, monkeypatch) -> None:
     if room:
         # Several rounds: a block of two heads is 4 * 2 * 8 * 4 bytes.
         monkeypatch.setattr(kv_vllm_push, "STAGING_BYTES", room)
 
     async def run() -> None:
-        async with World(host, 1, 2, layout="NHD") as world:
+        async with World(kv_host, 1, 2, layout="NHD") as world:
             await world.prefilled(1, P_BLOCKS)
             await world.pull(1, D_BLOCKS)
             await wait_until(lambda: world.pulled(1) and world.freed(1))
@@ -91,9 +65,9 @@ def test_heads_taken_token_by_token_are_packed_first(host, room, monkeypatch) ->
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
-def test_blocks_are_freed_after_the_last_decode_rank_and_not_before(host, layout) -> None:
+def test_blocks_are_freed_after_the_last_decode_rank_and_not_before(kv_host, layout) -> None:
     async def run() -> None:
-        async with World(host, 1, 2, layout=layout) as world:
+        async with World(kv_host, 1, 2, layout=layout) as world:
             await world.prefilled(1, P_BLOCKS)
             for number, receiver in enumerate(world.receivers):
                 assert not world.freed(1)
@@ -107,9 +81,9 @@ def test_blocks_are_freed_after_the_last_decode_rank_and_not_before(host, layout
     asyncio.run(run())
 
 
-def test_heads_that_change_places_are_noticed(host) -> None:
+def test_heads_that_change_places_are_noticed(kv_host) -> None:
     async def run() -> None:
-        async with World(host, 2, 1) as world:
+        async with World(kv_host, 2, 1) as world:
             await world.prefilled(1, P_BLOCKS)
             for rank in world.prefill:
                 rank.cache.copy_(rank.cache.roll(1, dims=3))
@@ -120,9 +94,9 @@ def test_heads_that_change_places_are_noticed(host) -> None:
     asyncio.run(run())
 
 
-def test_decode_may_ask_before_prefill_has_computed(host) -> None:
+def test_decode_may_ask_before_prefill_has_computed(kv_host) -> None:
     async def run() -> None:
-        async with World(host, 2, 1) as world:
+        async with World(kv_host, 2, 1) as world:
             await world.pull(1, D_BLOCKS)
             await asyncio.sleep(0.3)
             assert not world.pulled(1)
@@ -133,9 +107,9 @@ def test_decode_may_ask_before_prefill_has_computed(host) -> None:
     asyncio.run(run())
 
 
-def test_a_cached_beginning_and_blocks_behind_the_prompt_are_left_alone(host) -> None:
+def test_a_cached_beginning_and_blocks_behind_the_prompt_are_left_alone(kv_host) -> None:
     async def run() -> None:
-        async with World(host, 2, 1) as world:
+        async with World(kv_host, 2, 1) as world:
             await world.prefilled(1, [1, 2, 5, 6])
             # A prompt of 11 tokens in blocks of 4; decode has the first, and a block to spare.
             await world.pull(1, [7, 3, 4], ascend_patch_tokens=11, ascend_patch_cached=1)
@@ -147,9 +121,9 @@ def test_a_cached_beginning_and_blocks_behind_the_prompt_are_left_alone(host) ->
     asyncio.run(run())
 
 
-def test_a_full_local_hit_frees_prefill_and_reports_nothing(host) -> None:
+def test_a_full_local_hit_frees_prefill_and_reports_nothing(kv_host) -> None:
     async def run() -> None:
-        async with World(host, 2, 1) as world:
+        async with World(kv_host, 2, 1) as world:
             await world.prefilled(1, P_BLOCKS)
             await world.pull(1, [])
             await wait_until(lambda: world.freed(1))
