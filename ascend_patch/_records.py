@@ -103,9 +103,10 @@ def symbols(host: Host) -> tuple[Symbol, ...]:
 def below(release: str) -> str:
     """The vLLM release that a release or branch head of vllm-ascend is written for.
 
-    They share their version: vllm-ascend 0.18.0 and its branch releases/v0.18.0 need vLLM 0.18.0.
+    They share their version: vllm-ascend 0.18.0 and its branch releases/v0.18.0 need vLLM 0.18.0,
+    and so does a post release of it.
     """
-    return ".".join(map(str, release_order(release)[0]))
+    return ".".join(map(str, release_order(release.partition(".post")[0])[0]))
 
 
 def match(
@@ -141,6 +142,11 @@ def match(
     nearest = min(reversed(compared), key=lambda release: len(compared[release]))
     agreeing = tuple(release for release, found in compared.items() if not found)
     return Match(agreeing, nearest, compared[nearest])
+
+
+def forget() -> None:
+    """Read the data again when it is asked for; somebody has written it."""
+    _data.cache_clear()
 
 
 def _installed(package_roots: Mapping[Host, Path], symbol: Symbol) -> Fingerprint | str | None:

@@ -18,7 +18,7 @@ from ascend_patch._registry import Band, Symbol
 from ascend_patch._versions import Installed
 
 SOURCES = "DRIFT_SOURCES"
-FIRST, BEYOND = Version("0.11.0"), Version("0.33.0")
+FIRST, BEYOND = Version("0.11.0"), Version("0.34.0")
 QWEN3 = "vllm.model_executor.models.qwen3"
 BASE = "vllm.model_executor.layers.rotary_embedding.base"
 
@@ -123,7 +123,7 @@ def test_explain_names_what_applies_and_what_does_not(
 def test_a_release_beyond_is_left_alone(tmp_path: Path) -> None:
     decision = decide(tmp_path, str(BEYOND))
     assert decision.state == "skipped"
-    assert decision.reason.count(">=0.27.0,<0.33.0") == 1
+    assert decision.reason.count(">=0.27.0,<0.34.0") == 1
 
 
 def executed(release: Path, seed: int, *, triton: bool) -> dict[str, dict[str, bool]]:

@@ -226,7 +226,7 @@ def test_each_release_says_where_it_comes_from(host: Host, release: str) -> None
 
 
 def test_the_recorded_releases_are_those_of_the_design() -> None:
-    # One of each kind of source that the releases 0.11.0 to 0.32.0 have, as far as patches see it.
+    # One of each kind of source that the releases 0.11.0 to 0.33.0 have, as far as patches see it.
     assert _records.releases("vllm") == (
         "0.11.0",
         "0.11.2",
@@ -248,6 +248,7 @@ def test_the_recorded_releases_are_those_of_the_design() -> None:
         "0.30.0",
         "0.31.0",
         "0.32.0",
+        "0.33.0",
     )
     assert _records.releases("vllm_ascend") == (
         "0.11.0",

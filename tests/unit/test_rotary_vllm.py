@@ -10,7 +10,7 @@ from ascend_patch._registry import Band, Patch
 
 PATCH = _registry.load()["rotary"]
 BANDS = [band for band in PATCH.bands if band.host == "vllm"]
-EDGES = ("0.10.2", "0.33.0")
+EDGES = ("0.10.2", "0.34.0")
 BETWEEN = ("0.11.0", "0.11.2", "0.12.0", "0.13.0", "0.14.0", "0.15.1", "0.16.0", "0.20.2", "0.26.0")
 FINAL = (*BETWEEN, "0.27.0", "0.29.0", "0.32.0", "0.32.1")
 
