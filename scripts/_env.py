@@ -37,7 +37,13 @@ LOCK_SECONDS = 2700
 KEEP_SHIMS = 4
 
 # The releases that a lock file describes, and the Python that each needs at least.
-RELEASES = {"0.18.0": (3, 10), "0.32.0": (3, 11)}
+RELEASES = {
+    "0.11.0": (3, 10),
+    "0.17.0": (3, 10),
+    "0.18.0": (3, 10),
+    "0.23.0": (3, 10),
+    "0.32.0": (3, 11),
+}
 DEFAULT, NEWEST = "0.18.0", "0.32.0"
 
 # What makes an installed shim another one.
@@ -142,6 +148,9 @@ def vllm_venv(
 ) -> Path:
     """Return the virtual environment with vLLM, built if it is missing or half-built."""
     files = [requirements] if overrides is None else [requirements, overrides]
+    # What this release needs beside its packages, as files for site-packages.
+    beside = SCRIPTS / f"beside-vllm-{release}"
+    files += sorted(p for p in beside.rglob("*") if p.is_file() and p.suffix != ".pyc")
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     key = digest_of(files, LAYOUT, version, platform.machine(), sys.base_prefix)
     venv = cache_root() / "venvs" / f"vllm-{release}-{device}-py{version}-{key[:8]}"
@@ -152,6 +161,8 @@ def vllm_venv(
             say(f"making {venv} (once: a download of some 2 GB and a few minutes)")
             _installer.create(venv, cache_root())
             _installer.install(venv, requirements, cache_root(), overrides=overrides)
+            if beside.is_dir():
+                shutil.copytree(beside, _installer.site_packages(venv), dirs_exist_ok=True)
             _finish(venv, key)
             say(f"vLLM installed in {time.monotonic() - began:.0f} s")
         more = SCRIPTS / "requirements-test.txt"

@@ -56,17 +56,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def tiny_model(env: _env.Environment, kind: str) -> Path:
+def tiny_model(env: _env.Environment, kind: str, dtype: str = "bfloat16") -> Path:
     """Return a tiny model, made with the environment's own torch when it is first needed."""
     script = _env.SCRIPTS / "_tiny_model.py"
     sources = sorted(_env.SCRIPTS.glob("_tiny_*.py"))
-    folder = _env.cache_root() / "models" / f"tiny-{kind}-{_env.digest_of(sources)[:8]}"
+    name = f"tiny-{kind}-{dtype}-{_env.digest_of(sources)[:8]}"
+    folder = _env.cache_root() / "models" / name
     with _env.locked(folder):
         if not (folder / "config.json").exists():
             say(f"making a tiny random {kind} in {folder}")
             variables = server_variables(env) | {"ASCEND_PATCHES": ""}
             done = subprocess.run(
-                [str(env.python), str(script), str(folder), "--kind", kind],
+                [str(env.python), str(script), str(folder), "--kind", kind, "--dtype", dtype],
                 cwd=_env.cache_root(),
                 env=variables,
                 capture_output=True,

@@ -1,0 +1,55 @@
+"""Imports what the patches change, in a process with the shim, and prints what became of them.
+
+Started by scripts/matrix in a release's own environment; ASCEND_PATCHES_DEVICE names the device.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import platform
+import sys
+
+
+def main() -> None:
+    import torch
+    import vllm  # noqa: F401  (the shim decides when it is imported)
+
+    from ascend_patch import _registry, _runtime
+
+    runtime = _runtime.current()
+    modules = {
+        target.module
+        for name, decision in runtime.decisions.items()
+        if runtime.state.patches[name].state == "armed" and decision.band is not None
+        for target in decision.band.targets
+    }
+    failed = {}
+    for name in sorted(modules):
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}"
+    found = {
+        "patches": {
+            name: {"state": patch.state, "reason": patch.reason}
+            for name, patch in runtime.state.patches.items()
+        },
+        "problems": list(runtime.state.problems),
+        "not imported": failed,
+        "known": sorted(_registry.load()),
+        "versions": {
+            "vllm": runtime.state.facts["versions"]["vllm"],
+            "torch": torch.__version__,
+            "transformers": importlib.metadata.version("transformers"),
+            "python": platform.python_version(),
+        },
+    }
+    # vLLM logs to stdout.
+    with open(sys.argv[1], "w", encoding="utf-8") as file:
+        json.dump(found, file)
+
+
+if __name__ == "__main__":
+    main()
