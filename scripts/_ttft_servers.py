@@ -118,7 +118,7 @@ def check(name: str, pair: Pair, lengths: tuple[int, ...]) -> None:
             )
     tokens = lengths[0]
     # The last token is computed by decode, from what it was given for the others.
-    other = [*prompt(tokens, random.Random(-tokens))[:-1], prompt(tokens)[-1]]
+    other = [*prompt(tokens, random.Random(1 + tokens))[:-1], prompt(tokens)[-1]]
     payload = {"model": "model", "prompt": other, "temperature": 0, **options}
     transfer = "control"
     asked = _disaggregated.prefill_payload(payload, transfer)
