@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ascend_patch.impl import kv_handshake
 from ascend_patch.kernels.kv_layout import LayerGroup, Side, Topology, refuse
 
 
@@ -99,20 +98,27 @@ def wrong_ranks(
     return None
 
 
-def heard(told: Mapping[str, Any], decode: Side, assumed_tp: int | None) -> str | None:
+def heard(peer: Side, decode: Side, assumed_tp: int | None, assumed_pp: int) -> str | None:
     """Why what a prefill rank says of itself does not fit; None if it does.
 
     Args:
         assumed_tp: prefill.tp_size of the decode server's configuration, where the release goes
             by it; None where each request brings the prefill server's own.
+        assumed_pp: prefill.pp_size of it.
     """
-    peer = kv_handshake.hear(told).side
     refusal = refuse(Topology(peer, decode))
     if refusal is not None:
         return refusal.sentence
-    if assumed_tp not in (None, peer.tp):
+    ratio = Topology(peer, decode).ratio
+    if peer.block_size != decode.block_size:
         return (
-            f"{Topology(peer, decode).ratio}: prefill.tp_size of decode's "
-            f"kv_connector_extra_config says {assumed_tp}; set it to {peer.tp}"
+            f"{ratio}: block size: prefill has {peer.block_size}, decode {decode.block_size}; "
+            "set --block-size alike"
         )
+    for name, assumed, found in (("tp", assumed_tp, peer.tp), ("pp", assumed_pp, peer.pp)):
+        if assumed not in (None, found):
+            return (
+                f"{ratio}: prefill.{name}_size of decode's kv_connector_extra_config says "
+                f"{assumed}; set it to {found}"
+            )
     return None

@@ -22,50 +22,55 @@ def _targets(module: str, *more: str) -> tuple[Target, ...]:
     worker = f"{module}:MooncakeConnectorWorker"
 
     def ours(symbol: str, replacement: str, *context: str) -> Target:
-        return Target(symbol, "host", f"{OURS}:{replacement}", context=context)
+        return Target(symbol, "host", f"{OURS}{replacement}", context=context)
 
     return (
         ours(
             f"{receiving}._transfer_kv_cache",
-            "transfer_kv_cache",
+            ":transfer_kv_cache",
             f"{receiving}.__init__",
             f"{receiving}._handle_request",
             f"{receiving}.add_request",
         ),
         ours(
             f"{receiving}.get_and_clear_finished_requests",
-            "finished_recving",
+            ":finished_recving",
             f"{module}:KVCacheTaskTracker.update_done_task_count",
             f"{module}:KVCacheTaskTracker.get_and_clear_finished_requests",
             f"{worker}.get_finished",
         ),
         ours(
             f"{receiving}._get_remote_metadata",
-            "get_remote_metadata",
+            "_peers:get_remote_metadata",
             f"{receiving}._get_remote_socket",
             f"{receiving}._return_remote_socket",
             f"{receiving}._send_done_recv_signal",
         ),
-        ours(f"{module}:ensure_zmq_recv", "ensure_zmq_recv"),
+        ours(f"{module}:ensure_zmq_recv", "_peers:ensure_zmq_recv"),
         ours(
             f"{sending}.__init__",
-            "sending_init",
+            "_peers:sending_init",
             f"{sending}.run_busy_loop",
             f"{module}:MooncakeAgentMetadata",
         ),
-        ours(f"{worker}.register_kv_caches", "register_kv_caches", f"{worker}.__init__"),
+        ours(f"{worker}.__init__", "_sizes:worker_init"),
+        ours(f"{worker}._get_prefill_decode_size", "_sizes:get_prefill_decode_size"),
+        ours(
+            f"{worker}._get_remote_ranks_for_req",
+            "_sizes:get_remote_ranks_for_req",
+            f"{worker}._get_remote_tp_ranks",
+        ),
+        ours(f"{worker}.register_kv_caches", ":register_kv_caches"),
         ours(
             f"{worker}.start_load_kv",
-            "start_load_kv",
-            f"{worker}._get_remote_ranks_for_req",
-            f"{worker}._get_remote_tp_ranks",
+            ":start_load_kv",
             f"{worker}._get_remote_host_info_by_port",
-            f"{worker}._get_prefill_decode_size",
+            f"{module}:string_to_int64_hash",
             f"{module}:ReqMeta",
             f"{module}:MooncakeConnectorMetadata",
             *(f"{worker}.{name}" for name in more),
         ),
-        ours(f"{BASE}.get_block_ids_with_load_errors", "load_errors"),
+        ours(f"{BASE}.get_block_ids_with_load_errors", ":load_errors"),
         *(one for one in VLLM_FAILS if "Scheduler" in one.symbol),
     )
 
@@ -92,7 +97,8 @@ BANDS = (
     ),
 )
 UNTOUCHED = (
-    "vllm_ascend, decode TP above prefill TP: the release's worker refuses it when it starts",
+    "vllm_ascend, decode TP above prefill TP: caches in the NZ format, under context parallel, "
+    "quantised or of several kinds are refused when a server starts",
     "vllm_ascend 0.11.0: its vLLM knows no blocks that were not loaded; 0.23.0: it reports them "
     "itself",
     "vllm_ascend, ranks under context parallel (PCP, DCP), quantised caches and models with "

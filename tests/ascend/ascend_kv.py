@@ -119,13 +119,23 @@ class Pair:
 
     Args:
         says: The sizes that the configuration of decode names, where they are others.
+        told: The sizes that the configuration of prefill names.
     """
 
     def __init__(
-        self, prefill: int, decode: int, heads: int, *, seed: int, says=None, tokens=TOKENS, **extra
+        self,
+        prefill: int,
+        decode: int,
+        heads: int,
+        *,
+        seed: int,
+        says=None,
+        told=None,
+        tokens=TOKENS,
+        **extra,
     ) -> None:
         self.sizes, self.heads, self.extra = (prefill, decode), heads, extra
-        self.says = says or self.sizes
+        self.says, self.told = says or self.sizes, told or self.sizes
         random = torch.Generator().manual_seed(seed)
         shape = (2, LAYERS, BLOCKS, TOKENS, heads, WIDTH)
         self.model = torch.randn(shape, generator=random)
@@ -136,7 +146,7 @@ class Pair:
 
     def _worker(self, rank: int, tp: int, role: str, tokens: int, port: int = 0) -> Any:
         producer = role == "kv_producer"
-        given = dict(zip(("prefill", "decode"), self.sizes if producer else self.says, strict=True))
+        given = dict(zip(("prefill", "decode"), self.told if producer else self.says, strict=True))
         extra = {name: {"tp_size": size, "dp_size": 1} for name, size in given.items()}
         extra.update(self.extra)
         transfer = SimpleNamespace(
@@ -254,14 +264,18 @@ class Pair:
         return counts
 
     def right(self, local: list[int], remote: list[int]) -> list[bool]:
-        """Of each decode rank: whether its blocks hold what its own prefill would have left."""
+        """Of each decode rank: whether its blocks hold what its own prefill would have left.
+
+        And no other block was touched.
+        """
         found = []
         for rank, worker in enumerate(self.decode):
             first, end = self._heads(rank, self.sizes[1])
             found.append(
                 all(
-                    torch.equal(cache[local], self.model[part, n][remote][:, :, first:end])
-                    for n, pair in enumerate(worker.kv_caches.values())
+                    torch.equal(cache[local], self.model[part, layer][remote][:, :, first:end])
+                    and all((cache[n] == POISON).all() for n in range(len(cache)) if n not in local)
+                    for layer, pair in enumerate(worker.kv_caches.values())
                     for part, cache in enumerate(pair)
                 )
             )

@@ -8,9 +8,9 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-from ascend_kv import NEWER, Engine, Pair, free_port, host
+from ascend_kv import NEWER, TOKENS, Engine, Pair, free_port, host
 
-LOCAL, REMOTE = [3, 1, 7], [5, 6, 2]
+LOCAL, REMOTE = [3, 1, 5], [5, 6, 2]
 LINES: list[str] = []
 
 
@@ -47,6 +47,81 @@ def ratios(seed: int) -> dict:
     }
 
 
+# Prefill TP, decode TP, KV heads: cut, replicated on one side or both, and cut across ranks.
+SPLITS = (
+    (1, 2, 2), (1, 2, 4), (1, 4, 4), (2, 4, 4), (2, 4, 8), (1, 2, 1), (2, 4, 1), (2, 4, 2),
+    (1, 4, 2), (2, 8, 4), (2, 3, 6),
+)  # fmt: skip
+
+
+def splits(seed: int) -> dict:
+    """More decode ranks than prefill ranks."""
+    return {
+        f"{p} -> {d}, {heads} heads": pulled(Pair(p, d, heads, seed=seed), "one")
+        for p, d, heads in SPLITS
+    }
+
+
+def starts(seed: int) -> str:
+    """What the release's worker says to more decode ranks than prefill ranks."""
+    try:
+        Pair(1, 2, 2, seed=seed)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def split_readers(seed: int) -> dict:
+    """Decode ranks that read one after the other; then a request whose blocks decode has."""
+    pair = Pair(2, 4, 4, seed=seed)
+    pair.offer("one")
+    heard, freed = [], []
+    for worker in pair.decode:
+        worker.start_load_kv(pair.metadata("one", LOCAL, REMOTE))
+        heard.append(pair.heard(worker, "one"))
+        freed.append(pair.freed("one", 0.4))
+    found = {"heard": heard, "freed": freed, "right": pair.right(LOCAL, REMOTE)}
+    pair.offer("cached")
+    cached = pair.pull("cached", [], REMOTE)
+    return {"one": found, "cached": {"heard": cached, "freed": pair.freed("cached", 2.0)}}
+
+
+def split_fails(seed: int) -> dict:
+    """The engine fails for the first decode rank that reads, once; then for good."""
+    pair = Pair(1, 2, 2, seed=seed)
+    Engine.codes = [-1]
+    again = pulled(pair, "one")
+    Engine.codes = [-1] * 3
+    pair = Pair(1, 2, 2, seed=seed, pull_retries=2)
+    pair.offer("two")
+    heard = []
+    for worker in pair.decode:
+        worker.start_load_kv(pair.metadata("two", LOCAL, REMOTE))
+        heard.append(pair.heard(worker, "two"))
+    Engine.codes = []
+    return {"again": again, "heard": heard, "freed": pair.freed("two", 2.0)}
+
+
+def split_refused(seed: int) -> dict:
+    """Prefill has told its ranks of other sizes; decode has blocks of other sizes."""
+    return {
+        "would not wait": pulled(Pair(2, 4, 1, seed=seed, told=(2, 1)), "one"),
+        "other blocks": pulled(Pair(1, 2, 2, seed=seed, tokens=2 * TOKENS), "one"),
+        "3 heads": pulled(Pair(1, 2, 3, seed=seed), "one"),
+    }
+
+
+def settings(seed: int) -> dict:
+    """What a server with settings that make no sense does: it ends at its start, or pulls."""
+    found = {}
+    for name, value in (("pull_retries", "many"), ("pull_timeout_s", -1)):
+        try:
+            found[name] = pulled(Pair(1, 1, 2, seed=seed, **{name: value}), "one")
+        except Exception as error:
+            found[name] = {"raised": type(error).__name__, "says": str(error)}
+    return found
+
+
 def engine_fails(seed: int, times: int) -> dict:
     """The engine fails for one rank, and the next request is another."""
     pair = Pair(4, 2, 4, seed=seed)
@@ -66,8 +141,8 @@ def prefill_is_larger(seed: int) -> dict:
 
 
 def other_blocks(seed: int) -> dict:
-    """Prefill has blocks of 4 tokens, decode of 6."""
-    return pulled(Pair(2, 2, 2, seed=seed, tokens=6), "one")
+    """Prefill has blocks of 4 tokens, decode of others."""
+    return {tokens: pulled(Pair(2, 2, 2, seed=seed, tokens=tokens), "one") for tokens in (6, 8)}
 
 
 def silent_peers(seed: int) -> dict:
@@ -171,6 +246,12 @@ def everything(seed: int, patched: bool) -> dict[str, Any]:
         "other blocks": other_blocks(seed),
         "silent peers": silent_peers(seed),
         "quick": quick(seed),
+        "settings": settings(seed),
+        "starts": starts(seed) if not patched else None,
+        "splits": splits(seed) if patched else None,
+        "split readers": split_readers(seed) if patched else None,
+        "split fails": split_fails(seed) if patched else None,
+        "split refused": split_refused(seed) if patched else None,
         "runner": None if NEWER else runner(),
         "choices": choices() if patched else None,
     }

@@ -7,7 +7,7 @@ from ascend_kv_runs import PATCH, RELEASES, both, results
 
 pytestmark = pytest.mark.slow
 
-LOCAL = [1, 3, 7]
+LOCAL = [1, 3, 5]
 # Their requests name no size of prefill's; from 0.18 on they do.
 OLDER = tuple(release for release in RELEASES if "0.13" in release)
 each_release = pytest.mark.parametrize("release", RELEASES)
@@ -90,10 +90,12 @@ def test_a_prefill_server_of_another_size_than_configured(release):
 @each_release
 def test_a_prefill_server_with_other_blocks(release):
     stock, ours = both(release, "other blocks")
-    assert said(stock) == [(True, [])] * 2
-    assert not any(stock["right"])
-    assert said(ours) == [(True, LOCAL)] * 2
-    assert all("block size: prefill has 4, decode 6" in line for line in ours["lines"])
+    for tokens in ("6", "8"):
+        assert said(stock[tokens]) == [(True, [])] * 2
+        assert not any(stock[tokens]["right"])
+        assert said(ours[tokens]) == [(True, LOCAL)] * 2
+        said_so = f"block size: prefill has 4, decode {tokens}"
+        assert all(said_so in line for line in ours[tokens]["lines"])
 
 
 @each_release
@@ -120,6 +122,72 @@ def test_the_runner_hands_on_what_was_not_loaded(release):
     stock, ours = both(release, "runner")
     assert stock == {"done": ["one"], "invalid": []}
     assert ours == {"done": ["one"], "invalid": [4, 9]}
+
+
+@each_release
+def test_more_decode_ranks_than_prefill_ranks(release):
+    """The release's worker does not start; ours moves them, and prefill counts its readers."""
+    assert (
+        "must be greater than or equal to the decode_tp_size" in results(release, "none")["starts"]
+    )
+    found = results(release, PATCH)["splits"]
+    print(found)
+    assert len(found) == 11
+    for ratio, one in found.items():
+        assert all(one["right"]), ratio
+        assert len(one["right"]) == int(ratio.split()[2].rstrip(","))
+        assert set(map(str, said(one))) == {"(True, [])"}, ratio
+        assert set(one["freed"]) == {1}, ratio
+
+
+@each_release
+def test_blocks_are_free_when_the_last_decode_rank_has_read_them(release):
+    found = results(release, PATCH)["split readers"]
+    print(found)
+    assert found["one"]["freed"] == [[0, 0], [1, 0], [0, 0], [0, 1]]
+    assert all(found["one"]["right"])
+    assert said(found["cached"]) == [(True, [])] * 4
+    assert found["cached"]["freed"] == [1, 1]
+
+
+@each_release
+def test_a_decode_rank_that_fails_leaves_the_others_alone(release):
+    found = results(release, PATCH)["split fails"]
+    print(found)
+    assert said(found["again"]) == [(True, [])] * 2
+    assert all(found["again"]["right"])
+    assert found["again"]["freed"] == [1]
+    assert said(found) == [(True, LOCAL), (True, [])]
+    assert found["freed"] == [1]
+
+
+@each_release
+@pytest.mark.parametrize(
+    ("case", "says"),
+    [
+        ("would not wait", "decode.tp_size of prefill's kv_connector_extra_config says 1"),
+        ("other blocks", "block size: prefill has 4, decode 8"),
+        ("3 heads", "3 KV heads of layers 'model' cannot be cut"),
+    ],
+)
+def test_what_more_decode_ranks_cannot_read_is_refused(release, case, says):
+    found = results(release, PATCH)["split refused"][case]
+    print(found)
+    ranks = 4 if case == "would not wait" else 2
+    assert said(found) == [(True, LOCAL)] * ranks
+    assert not any(found["right"])
+    assert set(found["freed"]) == {1}
+    assert len(found["lines"]) == ranks
+    assert all(says in line for line in found["lines"])
+
+
+@each_release
+def test_settings_that_make_no_sense_end_the_start(release):
+    stock, ours = both(release, "settings")
+    assert all(found["heard"][0]["done"] for found in stock.values())
+    for name, found in ours.items():
+        assert found["raised"] == "ValueError"
+        assert found["says"].startswith(f"{name} in kv_connector_extra_config of kv_producer-")
 
 
 @each_release

@@ -1,0 +1,118 @@
+"""vllm-ascend's MooncakeConnectorV1: what its ranks say, and how they wait for it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from ascend_patch.impl import kv_ascend_checks as checks
+from ascend_patch.impl import kv_handshake
+from ascend_patch.kernels.kv_layout import Side
+
+Wrapped = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+# Beside the fields of kv_handshake: decode.tp_size of a prefill server's own configuration.
+SAID_DECODE_TP = "decode_tp"
+
+
+def get_remote_metadata(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
+    """KVCacheRecvingThread._get_remote_metadata: sockets that wait for an answer are not kept.
+
+    The release puts one back that had none; every later message on it fails.
+    """
+    try:
+        wrapped(*args, **kwargs)
+    except Exception:
+        _close(instance, *args, **kwargs)
+        raise
+
+
+def _close(thread: Any, remote_host: str, remote_handshake_port: int) -> None:
+    host = importlib.import_module(type(thread).__module__)
+    path = host.make_zmq_path("tcp", remote_host, remote_handshake_port)
+    with thread.remote_sockets_lock:
+        for sock in thread.remote_sockets.pop(path, ()):
+            sock.close(linger=0)
+
+
+def ensure_zmq_recv(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
+    """ensure_zmq_recv: the answer of this socket is waited for.
+
+    The release's poller has all sockets of the thread. One that was closed after a lost answer
+    reads as ready, and the next peer that does not answer is waited for without an end.
+    """
+    bound = inspect.signature(wrapped).bind(*args, **kwargs)
+    bound.arguments["poller"] = _Own(bound.arguments["socket"])
+    return wrapped(*bound.args, **bound.kwargs)
+
+
+class _Own:
+    def __init__(self, socket: Any) -> None:
+        self._socket = socket
+
+    def poll(self, timeout: int) -> list[tuple[Any, int]]:
+        events = self._socket.poll(timeout)
+        return [(self._socket, events)] if events else []
+
+
+def sending_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
+    """KVCacheSendingThread.__init__: a prefill rank says what it is, to whom it may concern."""
+    wrapped(*args, **kwargs)
+    _tell(instance, *args, **kwargs)
+
+
+def _tell(thread: Any, vllm_config: Any, *_: Any, **__: Any) -> None:
+    parallel = vllm_config.parallel_config
+    tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    side = checks.side_of(vllm_config, thread.kv_caches, tp=tp, pp=pp)
+    if side is None:
+        return
+    known = {name: getattr(thread.metadata, name) for name in thread.metadata.__struct_fields__}
+    said = kv_handshake.say(side, str(vllm_config.model_config.model))
+    decode = vllm_config.kv_transfer_config.get_from_extra_config("decode", {})
+    said[SAID_DECODE_TP] = decode.get("tp_size")
+    thread.metadata = _with_field(type(thread.metadata))(**known, **{kv_handshake.FIELD: said})
+
+
+def _with_field(kind: Any) -> Any:
+    """MooncakeAgentMetadata with our field, which an unpatched peer does not read."""
+    import msgspec
+
+    field = (kv_handshake.FIELD, dict[str, Any] | None, None)
+    return msgspec.defstruct("Told", [field], bases=(kind,), omit_defaults=True)
+
+
+class Decoder:
+    """The decoder of a prefill rank's metadata, which refuses one that does not fit.
+
+    Attributes:
+        told: What prefill servers with the shim said, by engine: their side, and decode.tp_size of
+            their configuration.
+    """
+
+    def __init__(
+        self, thread_class: type, side: Side, *, assumed_tp: int | None, assumed_pp: int
+    ) -> None:
+        import msgspec
+
+        host = importlib.import_module(thread_class.__module__)
+        self._decoder = msgspec.msgpack.Decoder(_with_field(host.MooncakeAgentMetadata))
+        self._side, self._assumed_tp, self._assumed_pp = side, assumed_tp, assumed_pp
+        self.told: dict[str, tuple[Side, int | None]] = {}
+
+    def decode(self, data: bytes) -> Any:
+        found = self._decoder.decode(data)
+        told = getattr(found, kv_handshake.FIELD)
+        self.told.pop(found.engine_id, None)
+        if told is not None:
+            peer = kv_handshake.hear(told).side
+            reason = checks.heard(peer, self._side, self._assumed_tp, self._assumed_pp)
+            if reason is not None:
+                raise kv_handshake.HandshakeError(reason)
+            said = told.get(SAID_DECODE_TP)
+            self.told[found.engine_id] = peer, said if isinstance(said, int) else None
+        return found

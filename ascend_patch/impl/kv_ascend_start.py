@@ -1,0 +1,167 @@
+"""vllm-ascend's MooncakeConnectorV1: the pulls of a request, or why there are none."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from ascend_patch.impl import kv_ascend_checks as checks
+from ascend_patch.impl import kv_ascend_failures as failures
+from ascend_patch.impl import kv_ascend_sizes as sizes
+from ascend_patch.impl import kv_ascend_split as split
+from ascend_patch.impl.kv_vllm_wire import log
+from ascend_patch.kernels.kv_layout import Plan, Refusal
+
+SIDE = "ascend_patch_side"
+
+
+def start(worker: Any, metadata: Any) -> None:
+    """Begin what the release does not: planned pulls are queued, wrong ones declined.
+
+    Those requests are taken out of ``metadata``.
+    """
+    thread = worker.kv_recv_thread
+    # The release notes them after it queued their pulls; one that ends sooner never ends.
+    for request in metadata.reqs_in_batch:
+        thread.task_tracker.add_req_to_process(request)
+    if worker.kv_send_thread is None:
+        metadata.reqs_in_batch = set()
+    for request, meta in list(metadata.requests.items()):
+        if _prefill_tp(worker, meta) < worker.tp_size:
+            del metadata.requests[request]
+            _split(worker, request, meta)
+            continue
+        refused = _refused(worker, request, meta)
+        if refused is not None:
+            del metadata.requests[request]
+            _decline(worker, request, meta, *refused)
+
+
+def takes_size(worker: Any) -> bool:
+    """Whether a request brings its prefill server's size (from 0.18)."""
+    return hasattr(worker, "_get_tp_num_need_pulls")
+
+
+def _prefill_tp(worker: Any, meta: Any) -> int:
+    return int(getattr(meta, "remote_ptp_size", None) or worker._prefill_tp_size)
+
+
+def _prefill_side(worker: Any, meta: Any) -> Any:
+    partition = worker._prefill_pp_layer_partition
+    tp, pp = _prefill_tp(worker, meta), worker._prefill_pp_size
+    return checks.peer_side(getattr(worker, SIDE), tp=tp, pp=pp, partition=partition)
+
+
+def _split(worker: Any, request: str, meta: Any) -> None:
+    """A request of a prefill server with fewer ranks: the pulls of this rank, by the plan."""
+    found = _plan(worker, request, meta)
+    if isinstance(found, str):
+        # Each decode rank comes to the same; together they tell each prefill rank once.
+        world = _prefill_tp(worker, meta) * worker._prefill_pp_size
+        told = range(worker.tp_rank, world, worker.tp_size)
+        _decline(worker, request, meta, found, list(told))
+        return
+    state, ranks = getattr(worker.kv_recv_thread, split.NAME), found.sources(worker.tp_rank)
+    for rank in ranks:
+        state.pulls[request, meta.remote_port + rank] = found, rank
+    counts = {
+        meta.remote_port + rank: {"num": count, "host": _address(worker, meta, rank)[0]}
+        for rank, count in enumerate(split.readers(found))
+    }
+    _queue(worker, request, meta, list(ranks), pulls=1, remote_port_send_num=counts)
+
+
+def _plan(worker: Any, request: str, meta: Any) -> Plan | str:
+    cut = hasattr(worker.kv_recv_thread, split.NAME)
+    if not cut or meta.remote_pcp_size * meta.remote_dcp_size > 1:
+        return sizes.unequal(
+            _prefill_tp(worker, meta),
+            worker.tp_size,
+            "quantised caches, several kinds of cache, and caches under context parallel are not "
+            "moved to more ranks",
+        )
+    remote = meta.remote_request_id if takes_size(worker) else request
+    turn = sys.modules[type(worker).__module__].string_to_int64_hash(remote)
+    found = split.planned(_prefill_side(worker, meta), getattr(worker, SIDE), turn)
+    return found.sentence if isinstance(found, Refusal) else found
+
+
+def _refused(worker: Any, request: str, meta: Any) -> tuple[str, list[int]] | None:
+    """Why a request is not pulled, and the prefill ranks that wait for this decode rank."""
+    decode = getattr(worker, SIDE, None)
+    if decode is None or meta.remote_pcp_size * meta.remote_dcp_size > 1:
+        return None
+    tp = _prefill_tp(worker, meta)
+    if takes_size(worker):
+        pulls = worker._get_tp_num_need_pulls(tp)
+        choice: tuple[Any, ...] = (meta.remote_request_id, tp)
+    else:
+        pulls, choice = worker.tp_num_need_pulls, (request,)
+    prefill = _prefill_side(worker, meta)
+    try:
+        chosen = worker._get_remote_ranks_for_req(*choice)
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        reason = checks.wrong_ranks(prefill, decode, [], worker.tp_rank, pulls)
+        return f"{reason or ''} (the release chooses no ranks: {error})".strip(), []
+    reason = checks.wrong_ranks(prefill, decode, chosen, worker.tp_rank, pulls)
+    if reason is None:
+        return None
+    return reason, chosen[worker.tp_rank] if worker.tp_rank < len(chosen) else []
+
+
+def _decline(worker: Any, request: str, meta: Any, reason: str, ranks: list[int]) -> None:
+    """Nothing is read, the blocks are invalid, and those that wait for this rank may free them."""
+    log.error(
+        "kv pull of request %s by decode rank %d from %s (%s:%d): not begun: %s",
+        request,
+        worker.tp_rank,
+        meta.remote_engine_id,
+        meta.remote_host,
+        meta.remote_port,
+        reason,
+    )
+    thread = worker.kv_recv_thread
+    failures.of(thread).add(request, _first(meta.local_block_ids), settle_s=0.0)
+    if not ranks:
+        thread.task_tracker.update_done_task_count(request)
+    meta.local_block_ids = meta.remote_block_ids = []
+    _queue(worker, request, meta, ranks, pulls=max(1, len(ranks)))
+
+
+def _first(ids: Any) -> Any:
+    # On releases/v0.18.0 a list for each kind of cache; here there is one.
+    return ids[0] if isinstance(ids, tuple) else ids
+
+
+def _address(worker: Any, meta: Any, rank: int) -> tuple[str, str]:
+    """(host, engine) of a prefill rank."""
+    found: tuple[str, str] = worker._get_remote_host_info_by_port(
+        meta.remote_port,
+        meta.remote_port + rank,
+        meta.remote_host,
+        meta.remote_engine_id,
+        meta.remote_multi_nodes_meta_mapping,
+    )
+    return found
+
+
+def _queue(
+    worker: Any, request: str, meta: Any, ranks: list[int], *, pulls: int, **more: Any
+) -> None:
+    """Hand one pull for each prefill rank to the receiving thread."""
+    if takes_size(worker):
+        more["remote_request_id"] = meta.remote_request_id
+    for number, rank in enumerate(ranks):
+        host, engine = _address(worker, meta, rank)
+        worker.kv_recv_thread.add_request(
+            request_id=request,
+            local_block_ids=_first(meta.local_block_ids),
+            remote_block_ids=_first(meta.remote_block_ids),
+            remote_engine_id=engine,
+            remote_host=host,
+            remote_handshake_port=meta.remote_port + rank,
+            offset=number,
+            tp_num_need_pulls=pulls,
+            all_task_done=number == len(ranks) - 1,
+            **more,
+        )
