@@ -163,6 +163,7 @@ class Applier:
                     found = installation.found()
                     target = self._state.patches[name].target(installation.target.id)
                     target.reason = found or installation.note
+                    target.state = "hidden" if installation.hidden() else "applied"
                     if found:
                         changed.append(f"{name}: {installation.target.id} is {found}")
         return changed

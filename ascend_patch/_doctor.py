@@ -8,12 +8,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from ascend_patch import (
     __version__,
     _doors,
+    _peers,
     _plan,
     _registry,
     _rundir,
@@ -28,21 +29,18 @@ from ascend_patch._versions import Installed
 TESTED_PYTHONS = ((3, 10), (3, 12))
 PROBE_SECONDS = 300
 ENTRY_POINT = "ascend_patch"
-# Others that change vLLM or torch at run time, by distribution, and what to know about them.
-SHIMS = {
-    "ddtrace": "wraps vLLM's engine and imports; host seams of both stack",
-    "opentelemetry-distro": "has a sitecustomize of its own that runs no other",
-    "newrelic": "has a sitecustomize of its own",
-    "liger-kernel": "replaces functions of transformers, and on an NPU some of vLLM's",
-    "kvcached": "patches vLLM's KV cache through a .pth file",
-    "uc-manager": "patches vLLM through a .pth file",
-    "arctic-inference": "replaces methods of vLLM's classes",
-    "mindspeed": "replaces functions of torch and megatron by name",
-}
-# Imported rather than installed: seen in a process only.
-SHIM_MODULES = ("torch_npu.contrib.transfer_to_npu", "ddtrace", "opentelemetry.instrumentation",
-                "liger_kernel", "kvcached", "mindspeed", "vllm_ascend.patch.platform",
-                "vllm_ascend.patch.worker")  # fmt: skip
+# As in a server, plugins come before the modules of models.
+PROBE = """
+import importlib, json, vllm.plugins, ascend_patch
+failed = ""
+try:
+    vllm.plugins.load_general_plugins()
+except (Exception, SystemExit) as error:
+    failed = f"{{type(error).__name__}}: {{error}}"
+for name in {modules!r}:
+    importlib.import_module(name)
+print("\\n" + json.dumps({{**ascend_patch.status(), "plugins": failed}}))
+"""
 
 
 def examine(*, quick: bool = False) -> list[Finding]:
@@ -62,7 +60,7 @@ def examine(*, quick: bool = False) -> list[Finding]:
         *_doors.examine(),
         *_host(installed),
         *_patches(installed),
-        *_shims(),
+        *_neighbours(),
         *_directory(),
     ]
     if not quick and "vllm" in installed.roots:
@@ -144,13 +142,18 @@ def _patches(installed: Installed) -> Iterator[Finding]:
         yield Finding(level, patch.id, f"{decision.state}: {decision.reason}")
 
 
-def _shims() -> Iterator[Finding]:
-    for name, what in SHIMS.items():
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-        yield Finding("note", name, f"{version} is installed: it {what}")
+def _neighbours() -> Iterator[Finding]:
+    for peer, version in _peers.installed():
+        if version == peer.tested:
+            yield Finding(
+                "ok" if peer.fine else "note", peer.distribution, f"{version}: {peer.text}"
+            )
+        else:
+            tested = f"tested beside {peer.tested}" if peer.tested else "never tested beside it"
+            yield Finding("note", peer.distribution, f"{version}: {peer.text} ({tested})")
+    for name, entries in _peers.plugins():
+        what = "it runs code of its own in every vLLM process; below is what it changed of ours"
+        yield Finding("note", "plugin", f"{name} ({entries}): {what}")
 
 
 def _directory() -> Iterator[Finding]:
@@ -175,13 +178,7 @@ def _applied(installed: Installed) -> Iterator[Finding]:
     )
     if not modules:
         return
-    code = (
-        "import importlib, json, sys, ascend_patch\n"
-        f"for name in {modules!r}: importlib.import_module(name)\n"
-        "found = ascend_patch.status()\n"
-        f"found['shims'] = [name for name in {SHIM_MODULES!r} if name in sys.modules]\n"
-        "print('\\n' + json.dumps(found))\n"
-    )
+    code = PROBE.format(modules=modules)
     value = os.environ.get(_selection.VARIABLE)
     environment = {**os.environ, _selection.VARIABLE: "all" if _selection.is_off(value) else value}
     environment.pop(_rundir.RUN_VARIABLE, None)
@@ -197,13 +194,22 @@ def _applied(installed: Installed) -> Iterator[Finding]:
     except (OSError, ValueError, IndexError, subprocess.TimeoutExpired) as error:
         yield Finding("wrong", "import", f"vLLM's modules could not be imported ({error})")
         return
+    yield from _as_found(found)
+
+
+def _as_found(found: dict[str, Any]) -> Iterator[Finding]:
+    """What a process that imported every target says of itself."""
     for patch in found["patches"]:
         level = "wrong" if patch["state"] == "failed" else "ok"
-        yield Finding(level, patch["id"], f"in a process of its own: {patch['state']}")
+        reason = f": {patch['reason']}" if level == "wrong" else ""
+        yield Finding(level, patch["id"], f"in a process of its own: {patch['state']}{reason}")
         for target in patch["targets"]:
             if target["reason"]:
-                yield Finding("note", patch["id"], f"{target['id']}: {target['reason']}")
+                level = "wrong" if target["state"] == "hidden" else "note"
+                yield Finding(level, patch["id"], f"{target['id']}: {target['reason']}")
     for problem in found["problems"]:
         yield Finding("wrong", "import", problem)
-    if found["shims"]:
-        yield Finding("note", "shims", f"in that process: {', '.join(found['shims'])}")
+    if found["plugins"]:
+        yield Finding("wrong", "plugins", f"vLLM's plugins could not be loaded: {found['plugins']}")
+    for peer in found["peers"]:
+        yield Finding("note", "neighbour", f"{peer} is imported in that process")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial, partialmethod
 from types import FunctionType, MethodType
 from typing import Any
+
+from ascend_patch import _peers
 
 # Decorators that hosts put on their own functions are theirs, not a stranger's.
 AT_HOME = ("torch", "functools", "contextlib")
@@ -19,6 +22,9 @@ def layers(function: Any) -> Iterator[Any]:
     while function is not None and id(function) not in seen:
         seen.add(id(function))
         yield function
+        if type(function) in (partial, partialmethod):
+            function = function.func
+            continue
         inner = "__func__" if type(function) in (*DESCRIPTORS, MethodType) else "__wrapped__"
         function = getattr(function, inner, None)
 
@@ -47,8 +53,18 @@ def holds(function: Any, ours: Any) -> bool:
     return False
 
 
+def innermost_proxy(function: Any) -> Any:
+    """The wrapt proxy that holds what is no proxy; None where the outermost layer is none."""
+    proxy = None
+    while type(function) not in DESCRIPTORS and _is_proxy(function):
+        proxy, function = function, function.__wrapped__
+    return proxy
+
+
 def foreign(function: Any, *modules: str) -> str:
     """Names the outermost layer that is neither the host's own nor ours; empty if there is none.
+
+    With the distribution that it comes from, where it comes from one.
 
     Args:
         function: What is found at the target, read without the descriptor protocol.
@@ -62,14 +78,15 @@ def foreign(function: Any, *modules: str) -> str:
             wrapper = getattr(layer, "_self_wrapper", None)
             where = getattr(wrapper, "__module__", None) or type(layer).__module__
             if where.partition(".")[0] != "ascend_patch":
-                return f"a wrapt wrapper of {where}"
+                return f"a wrapt wrapper of {where}{_peers.from_distribution(where)}"
         elif type(layer) is FunctionType:
             # functools.wraps copies __module__, but not the globals a function really has.
             where = layer.__globals__.get("__name__", "?")
             if where not in modules and where.partition(".")[0] not in home:
-                return f"{layer.__code__.co_name} of {where}"
+                return f"{layer.__code__.co_name} of {where}{_peers.from_distribution(where)}"
         elif type(layer).__module__.partition(".")[0] not in (*home, *sys.builtin_module_names):
-            return f"a {type(layer).__qualname__} of {type(layer).__module__}"
+            where = type(layer).__module__
+            return f"a {type(layer).__qualname__} of {where}{_peers.from_distribution(where)}"
     return ""
 
 

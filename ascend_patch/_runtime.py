@@ -176,12 +176,16 @@ class Runtime:
     def _refuse_if_strict(self) -> None:
         if os.environ.get(STRICT_VARIABLE, "").strip() not in ("1", "true", "yes", "on"):
             return
-        wrong = [p for p in self.state.patches.values() if p.state in UNAPPLIED]
+        patches = self.state.patches.values()
+        wrong = [f"patch {p.id} is {p.state}: {p.reason}" for p in patches if p.state in UNAPPLIED]
+        wrong += [
+            f"patch {patch.id} is hidden: {target.id} is {target.reason}"
+            for patch in patches
+            for target in patch.targets
+            if target.state == "hidden"
+        ]
         if wrong:
-            reasons = "; ".join(
-                f"patch {patch.id} is {patch.state}: {patch.reason}" for patch in wrong
-            )
-            raise Refusal(f"{STRICT_VARIABLE}=1 and {reasons}")
+            raise Refusal(f"{STRICT_VARIABLE}=1 and {'; '.join(wrong)}")
 
     def model_is_loaded(self, model: Any = None) -> None:
         """Look again at what was installed, and test it; with STRICT, refuse what failed since.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ascend_patch import _layers
+from ascend_patch import _layers, _peers
 from ascend_patch._registry import Symbol, Target
 from ascend_patch._replacement import SeamError, Switch, around, guarded, load_replacement, verified
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ascend_patch._verifier import PatchVerifier
 
 _MISSING = object()
+_HIDDEN = "; that is in force and ours does not run: leave one of the two out"
 
 
 class Installation:
@@ -66,6 +67,13 @@ class Installation:
         """Empty if what was installed is what is there; otherwise what is there, as a sentence."""
         return ""
 
+    def hidden(self) -> bool:
+        """Whether something else has taken the place of what was installed, and ours does not run.
+
+        What calls ours in a way that cannot be seen passes for something else.
+        """
+        return False
+
     def _plain(self, original: FunctionType) -> FunctionType:
         if self._verifier is not None:
             return verified(original, self.target, self.switch, self._count, self._verifier)
@@ -82,43 +90,58 @@ class AttributeInstallation(Installation):
         self._had_own = self._name in vars(self._owner)
         self._raw = inspect.getattr_static(self._owner, self._name)
         foreign = self._foreign(self._raw)
-        if self.target.seam == "traced":
-            if foreign:
-                raise SeamError(
-                    f"{symbol.qualname} is already replaced by {foreign}; it was left alone"
-                )
-            self._ours = self._traced()
-        else:
-            self.note = f"{foreign} had wrapped it before" if foreign else ""
+        self.note = f"{foreign} had wrapped it before" if foreign else ""
+        # What ours takes the place of, and what that is held by: the owner or a foreign wrapper.
+        self._core, self._holder = self._raw, None
+        if self.target.seam == "host":
             self._ours = self._wrapped()
+            return
+        if foreign:
+            # A compiled forward walks through wrapt's proxies, so ours has to lie beneath them.
+            self._holder = _layers.innermost_proxy(self._raw) if self._had_own else None
+            self._core = self._holder.__wrapped__ if self._holder is not None else self._raw
+            if self._foreign(self._core):
+                raise SeamError(
+                    f"{symbol.qualname} is already replaced by {foreign}; it was left alone. Let "
+                    "that come after ascend-patch, or leave one of the two out"
+                )
+        self._ours = self._traced()
 
     def install(self) -> None:
         # An inherited attribute may have changed: the base class can be a target of the same patch.
         own = vars(self._owner).get(self._name, _MISSING)
         if own is not (self._raw if self._had_own else _MISSING):
             raise SeamError(f"{self.target.symbol} changed while it was being replaced")
+        if self._holder is not None and self._holder.__wrapped__ is not self._core:
+            raise SeamError(f"what {self.target.symbol} is wrapped in changed meanwhile")
         try:
-            setattr(self._owner, self._name, self._ours)
-            self._rebind(self._raw, self._ours)
+            if self._holder is not None:
+                self._holder.__wrapped__ = self._ours
+            else:
+                setattr(self._owner, self._name, self._ours)
+            self._rebind(self._core, self._ours)
         except BaseException:
             self.revert()
             raise
 
     def revert(self) -> None:
         self.switch.on = False
+        if self._holder is not None and self._holder.__wrapped__ is self._ours:
+            self._holder.__wrapped__ = self._core
+        # Also where who had wrapped it took the wrapper off since.
         if vars(self._owner).get(self._name, _MISSING) is self._ours:
             if self._had_own:
-                setattr(self._owner, self._name, self._raw)
+                setattr(self._owner, self._name, self._core)
             else:
                 delattr(self._owner, self._name)
         # Also where a module has imported ours by name since.
-        self._rebind(self._ours, self._raw)
+        self._rebind(self._ours, self._core)
 
     def resume(self) -> bool:
         if not self.in_place():
             return False
         self.switch.on = True
-        self._rebind(self._raw, self._ours)
+        self._rebind(self._core, self._ours)
         return True
 
     def in_place(self) -> bool:
@@ -139,13 +162,27 @@ class AttributeInstallation(Installation):
         return _layers.foreign(function, *modules, self.target.module)
 
     def found(self) -> str:
-        current = inspect.getattr_static(self._owner, self._name, None)
-        if current is self._ours:
+        try:
+            owner, _ = _owner(self.target.place)
+        except SeamError as error:
+            return f"gone: {error}"
+        current = inspect.getattr_static(owner, self._name)
+        held = _layers.holds(current, self._ours)
+        if current is self._ours or (held and current is self._raw):
             return ""
+        if owner is not self._owner:
+            return "" if held else f"{_instead_of(owner)} after we had applied{_HIDDEN}"
         other = self._foreign(current) or "the original"
-        if _layers.holds(current, self._ours):
+        if held:
             return f"wrapped by {other}"
-        return f"replaced by {other} after we had applied"
+        return f"replaced by {other} after we had applied{_HIDDEN}"
+
+    def hidden(self) -> bool:
+        try:
+            owner, _ = _owner(self.target.place)
+        except SeamError:
+            return True
+        return not _layers.holds(inspect.getattr_static(owner, self._name), self._ours)
 
     def _wrapped(self) -> Any:
         if not _is_callable(self._raw):
@@ -156,14 +193,14 @@ class AttributeInstallation(Installation):
         return around(self._raw, self.target, self.switch, self._count, self._verifier)
 
     def _traced(self) -> Any:
-        original = getattr(self._raw, "__func__", self._raw)
+        original = getattr(self._core, "__func__", self._core)
         if type(original) is not FunctionType:
             raise SeamError(
                 f"{self.target.symbol} is a {type(original).__name__}; a traced seam needs a "
                 "function"
             )
         ours = self._plain(original)
-        return type(self._raw)(ours) if type(self._raw) in _layers.DESCRIPTORS else ours
+        return type(self._core)(ours) if type(self._core) in _layers.DESCRIPTORS else ours
 
 
 class OperatorInstallation(Installation):
@@ -237,6 +274,14 @@ def _owner(symbol: Symbol) -> tuple[Any, str]:
     if inspect.getattr_static(owner, name, _MISSING) is _MISSING:
         raise SeamError(f"{symbol.module} has no {symbol.qualname}")
     return owner, name
+
+
+def _instead_of(owner: Any) -> str:
+    """Names the class, or the module, that has taken the place of the one that was changed."""
+    if isinstance(owner, ModuleType):
+        return "in a module that was imported again"
+    where = f"{owner.__module__}.{owner.__qualname__}"
+    return f"in a class that was replaced by {where}{_peers.from_distribution(owner.__module__)}"
 
 
 def _rebind(old: Any, new: Any) -> None:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ascend_patch import __version__, _bootstrap, _rundir
+from ascend_patch import __version__, _bootstrap, _peers, _rundir
 from ascend_patch._calls import Counters
 
 UNAPPLIED = ("skipped", "failed")
@@ -25,7 +25,7 @@ UNAPPLIED = ("skipped", "failed")
 
 @dataclass
 class TargetState:
-    """One target: `armed`, `applied`, `reverted` or `failed`, and why."""
+    """One target: `armed`, `applied`, `reverted`, `failed`, or `hidden` by somebody; and why."""
 
     id: str
     seam: str
@@ -106,6 +106,7 @@ class ProcessState:
             "door": _bootstrap.doors[0] if _bootstrap.doors else "none",
             **self.facts,
             "problems": list(self.problems),
+            "peers": _peers.at_work(),
             "patches": [asdict(patch) for patch in self.patches.values()],
             "kernels": {
                 name.removeprefix("kernel/"): self.counters.value(name) for name in kernels

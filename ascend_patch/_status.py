@@ -52,6 +52,7 @@ def _process(file: Path) -> dict[str, Any] | None:
     for patch, found in process.setdefault("verification", {}).items():
         found["compared"] = calls.get(f"verify/{patch}", found["compared"])
     process.setdefault("self_tests", {})
+    process.setdefault("peers", [])
     process["kernels"] |= {
         name.removeprefix("kernel/"): value
         for name, value in calls.items()
@@ -86,6 +87,8 @@ def as_text(run: dict[str, Any]) -> list[str]:
         if process["kernels"]:
             kernels = ", ".join(f"{name} {count}" for name, count in process["kernels"].items())
             lines.append(f"{_ASIDE}kernels run: {kernels}")
+        if process["peers"]:
+            lines.append(f"{_ASIDE}beside it: {', '.join(process['peers'])}")
         lines += [f"{_ASIDE}self-test of {p}: {t}" for p, t in process["self_tests"].items()]
         lines += [f"{_ASIDE}{_compared(p, f)}" for p, f in process["verification"].items()]
     lines.extend(_reasons(run))

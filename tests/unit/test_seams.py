@@ -205,15 +205,74 @@ def test_a_foreign_wrapper_under_a_host_seam_is_named(bench, module):
     assert module.f(1) == ["ours", "foreign", "f", 1]
 
 
+def place_of(module, name):
+    """The owner of `name` in the module, its attribute, and what is there, undescribed."""
+    owner, _, attribute = name.rpartition(".")
+    found = getattr(module, owner) if owner else module
+    return found, attribute, inspect.getattr_static(found, attribute)
+
+
+WRAPPED = {
+    "f": lambda module: module.f(1),
+    "Layer.method": lambda module: module.Layer().method(1),
+    "Layer.static": lambda module: module.Layer.static(1),
+    "Layer.of_class": lambda module: module.Layer.of_class(1),
+}
+
+
+def wrapped_target(name):
+    return (method_target if name in ("Layer.method", "Layer.of_class") else function_target)(
+        name, "traced"
+    )
+
+
+def wrapped_by(mark, raw):
+    return wrapt.FunctionWrapper(raw, lambda f, _, a, k: [mark, *f(*a, **k)])
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_traced_seam_goes_beneath_a_wrapt_wrapper(bench, module, name):
+    """Around it ours would be what a compiled forward does not see."""
+    before = WRAPPED[name](module)
+    owner, attribute, raw = place_of(module, name)
+    inner = wrapped_by("inner", raw)
+    outer = wrapped_by("outer", inner)
+    setattr(owner, attribute, outer)
+    patch = bench.arm(wrapped_target(name))
+    assert patch.state == "applied", patch.reason
+    assert f"a wrapt wrapper of {__name__} had wrapped it before" in patch.targets[0].reason
+    assert WRAPPED[name](module) == ["outer", "inner", "ours", *before]
+    assert bench.applier.check() == []
+    bench.applier.revert("demo")
+    assert WRAPPED[name](module) == ["outer", "inner", *before]
+    assert inner.__wrapped__ is raw
+    bench.applier.apply_again("demo", sys.modules)
+    assert WRAPPED[name](module) == ["outer", "inner", "ours", *before]
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_wrapper_that_is_taken_off_leaves_ours_and_the_revert_the_original(bench, module, name):
+    before = WRAPPED[name](module)
+    owner, attribute, raw = place_of(module, name)
+    setattr(owner, attribute, wrapped_by("outer", raw))
+    bench.arm(wrapped_target(name))
+    setattr(owner, attribute, place_of(module, name)[2].__wrapped__)
+    assert WRAPPED[name](module) == ["ours", *before]
+    bench.applier.revert("demo")
+    assert place_of(module, name)[2] is raw
+
+
 @pytest.mark.expects_failure
 @pytest.mark.parametrize("name", ["f", "Layer.static", "Layer.of_class"])
-def test_a_foreign_wrapper_under_a_traced_seam_is_refused_by_name(bench, module, name):
-    owner, _, attribute = ("module." + name).rpartition(".")
-    owner = module.Layer if owner.endswith("Layer") else module
-    raw = inspect.getattr_static(owner, attribute)
-    setattr(owner, attribute, wrapt.FunctionWrapper(raw, lambda f, _, a, k: f(*a, **k)))
+@pytest.mark.parametrize("in_a_proxy", [False, True], ids=["alone", "in a proxy"])
+def test_a_foreign_function_under_a_traced_seam_is_refused_by_name(bench, module, name, in_a_proxy):
+    owner, attribute, raw = place_of(module, name)
+    function = foreign(getattr(raw, "__func__", raw))
+    found = type(raw)(function) if raw is not getattr(raw, "__func__", raw) else function
+    setattr(owner, attribute, wrapped_by("outer", found) if in_a_proxy else found)
     patch = bench.arm(function_target(name, "traced"))
-    assert f"already replaced by a wrapt wrapper of {__name__}; it was left alone" in patch.reason
+    by = f"a wrapt wrapper of {__name__}" if in_a_proxy else "stranger of stranger.lib"
+    assert f"already replaced by {by}; it was left alone. Let that come after" in patch.reason
 
 
 def test_a_function_that_another_module_of_the_host_assigns_is_no_foreigner(bench, module):
@@ -260,12 +319,32 @@ def test_what_replaced_ours_is_named_and_forgotten_when_it_is_gone(bench, module
     patch = bench.arm(function_target("f", "host"))
     ours, module.f = module.f, foreign(len)
     assert bench.applier.check() == [
-        "demo: ap_m:f is replaced by stranger of stranger.lib after we had applied"
+        "demo: ap_m:f is replaced by stranger of stranger.lib after we had applied; that is in "
+        "force and ours does not run: leave one of the two out"
     ]
     assert "replaced by stranger" in patch.targets[0].reason
+    assert patch.targets[0].state == "hidden"
     module.f = ours
     assert bench.applier.check() == []
-    assert patch.targets[0].reason == ""
+    assert (patch.targets[0].state, patch.targets[0].reason) == ("applied", "")
+
+
+@SEAMS
+def test_a_class_in_the_place_of_ours_is_named(bench, module, seam):
+    patch = bench.arm(method_target("Layer.method", seam))
+    layer = module.Layer
+    module.Layer = type("Theirs", (), {"method": lambda self, x: ["theirs"], "__module__": "lib"})
+    (said,) = bench.applier.check()
+    assert "is in a class that was replaced by lib.Theirs after we had applied" in said
+    assert patch.targets[0].state == "hidden"
+    # A class that inherits ours runs it.
+    module.Layer = type("Heir", (layer,), {})
+    assert module.Layer().method(1) == ["ours", "method", 1]
+    assert bench.applier.check() == []
+    del module.Layer
+    (said,) = bench.applier.check()
+    assert "ap_m has no Layer" in said
+    assert patch.targets[0].state == "hidden"
 
 
 @SEAMS
