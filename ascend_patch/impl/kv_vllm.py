@@ -11,10 +11,13 @@ from typing import Any
 
 import zmq
 
-from ascend_patch.impl import kv_handshake, kv_settings, kv_vllm_caches, kv_vllm_wire
-from ascend_patch.impl.kv_settings import DEFAULT_RETRIES as DEFAULT_RETRIES
-from ascend_patch.impl.kv_settings import RETRIES as RETRIES
-from ascend_patch.impl.kv_settings import TIMEOUT as TIMEOUT
+from ascend_patch.impl import (
+    kv_handshake,
+    kv_settings,
+    kv_vllm_caches,
+    kv_vllm_engine,
+    kv_vllm_wire,
+)
 from ascend_patch.impl.kv_vllm_receive import Receiver
 from ascend_patch.impl.kv_vllm_send import Sender
 from ascend_patch.impl.kv_vllm_wire import log
@@ -23,17 +26,17 @@ Wrapped = Callable[..., Any]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
-SENDER, RECEIVER, SETTINGS, LOCKS = (
-    f"ascend_patch_{one}" for one in ("sender", "receiver", "settings", "locks")
+SENDER, RECEIVER, SETTINGS, WRITER = (
+    f"ascend_patch_{one}" for one in ("sender", "receiver", "settings", "writer")
 )
-RANGES = 1024
 READY_S = 120.0
 
 
 def worker_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
     """MooncakeConnectorWorker.__init__: read our settings, and understand our field."""
     settings = _settings(*args, **kwargs)
-    wrapped(*args, **kwargs)
+    with kv_vllm_engine.all_cores():
+        wrapped(*args, **kwargs)
     setattr(instance, SETTINGS, settings)
     instance._xfer_meta_decoder = kv_vllm_wire.ask_decoder()
     # A pull has two sockets for each prefill rank, and ZMQ makes 1023 of them if nobody asks.
@@ -150,35 +153,23 @@ async def _answer(wrapped: Wrapped, worker: Any, identity: bytes, sock: Any, met
 
 
 def send_blocks(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> int:
-    """MooncakeConnectorWorker._send_blocks: over TCP no more ranges at once than the engine takes.
-
-    Where its queue for a peer is full (4096 ranges in Mooncake 0.3.13), a batch fails, and so do
-    all that follow to that peer.
-    """
+    """MooncakeConnectorWorker._send_blocks: over TCP range by range, see `kv_vllm_engine`."""
     extra = instance.vllm_config.kv_transfer_config.kv_connector_extra_config
-    if extra.get("mooncake_protocol", "rdma") != "tcp":
+    if not kv_vllm_engine.fits(instance.engine, extra.get("mooncake_protocol", "rdma")):
         code: int = wrapped(*args, **kwargs)
         return code
-    return _in_parts(wrapped, instance, *args, **kwargs)
+    writer = instance.__dict__.setdefault(WRITER, kv_vllm_engine.Writer(instance.engine))
+    return _write(writer, *args, **kwargs)
 
 
-def _in_parts(
-    wrapped: Wrapped,
-    worker: Any,
+def _write(
+    writer: kv_vllm_engine.Writer,
     remote_session: str,
     src_ptrs: list[int],
     dst_ptrs: list[int],
     lengths: list[int],
 ) -> int:
-    # Pushes of several threads to one peer share its queue.
-    locks = worker.__dict__.setdefault(LOCKS, {})
-    with locks.setdefault(remote_session, threading.Lock()):
-        for first in range(0, len(lengths), RANGES):
-            part = slice(first, first + RANGES)
-            code: int = wrapped(remote_session, src_ptrs[part], dst_ptrs[part], lengths[part])
-            if code != 0:
-                return code
-    return 0
+    return writer.write(remote_session, src_ptrs, dst_ptrs, lengths)
 
 
 def start_load_kv(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Awaitable[None]:

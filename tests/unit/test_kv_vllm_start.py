@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ascend_patch.impl import kv_vllm, kv_vllm_scheduler
+from ascend_patch.impl import kv_vllm, kv_vllm_engine, kv_vllm_scheduler
 
 
 def test_a_port_that_is_taken_is_a_sentence_and_not_a_wait() -> None:
@@ -34,29 +34,28 @@ def test_a_free_port_starts_the_host_s_server() -> None:
     assert started == [1, 2]
 
 
-@pytest.mark.parametrize(("protocol", "most"), [("tcp", kv_vllm.RANGES), ("rdma", 3000)])
-def test_no_more_ranges_at_once_than_a_tcp_peer_takes(protocol, most) -> None:
+@pytest.mark.parametrize(
+    ("protocol", "engine", "ours"),
+    [
+        ("tcp", SimpleNamespace(transfer_submit_write=None), True),
+        ("rdma", SimpleNamespace(transfer_submit_write=None), False),
+        ("tcp", SimpleNamespace(), False),
+    ],
+    ids=["tcp", "rdma", "an engine without it"],
+)
+def test_over_tcp_ranges_are_written_one_by_one(protocol, engine, ours, monkeypatch) -> None:
     extra = {"mooncake_protocol": protocol}
     transfer = SimpleNamespace(kv_connector_extra_config=extra)
-    worker = SimpleNamespace(vllm_config=SimpleNamespace(kv_transfer_config=transfer))
-    sent: list[tuple[int, int, int]] = []
-    sizes: list[int] = []
-    codes = [0] * 10
-
-    def push(session: str, local: list[int], remote: list[int], lengths: list[int]) -> int:
-        assert session == "peer:1"
-        sizes.append(len(lengths))
-        sent.extend(zip(local, remote, lengths, strict=True))
-        return codes.pop(0)
-
-    ranges = [list(range(n, n + 3000)) for n in (0, 5000, 10000)]
-    assert kv_vllm.send_blocks(push, worker, ("peer:1", *ranges), {}) == 0
-    assert sent == list(zip(*ranges, strict=True))
-    assert max(sizes) == most
-    sent.clear()
-    codes[:2] = [-1, 0]
-    assert kv_vllm.send_blocks(push, worker, ("peer:1", *ranges), {}) == -1
-    assert len(sent) == most
+    config = SimpleNamespace(kv_transfer_config=transfer)
+    worker = SimpleNamespace(vllm_config=config, engine=engine)
+    asked: list[tuple[bool, Any]] = []
+    monkeypatch.setattr(
+        kv_vllm_engine.Writer, "write", lambda _, *given: asked.append((True, given)) or -1
+    )
+    given = ("peer:1", [1, 2], [3, 4], [5, 6])
+    host = lambda *given: asked.append((False, given)) or -1  # noqa: E731
+    assert kv_vllm.send_blocks(host, worker, given, {}) == -1
+    assert asked == [(ours, given)]
 
 
 def test_the_workers_learn_the_prompt_s_length_and_what_of_it_is_cached() -> None:
