@@ -75,8 +75,8 @@ class Writer:
             if time.monotonic() - moved > SLOW_S:
                 moved = time.monotonic()
                 log.warning(
-                    "kv push to %s: Mooncake has written nothing for %.0f s, %d ranges are on their way; "
-                    "the blocks are kept until it has, or has failed",
+                    "kv push to %s: Mooncake has written nothing for %.0f s, and %d ranges are on "
+                    "their way; the blocks are kept until it has, or has failed",
                     session,
                     SLOW_S,
                     len(pending),

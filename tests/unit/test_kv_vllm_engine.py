@@ -118,7 +118,7 @@ def test_what_takes_long_is_said_and_not_given_up(monkeypatch, kv_lines) -> None
     threading.Timer(0.2, lambda: setattr(engine, "rate", 1)).start()
     assert Writer(engine).write("10.0.0.1:7", *ranges(4)) == 0
     assert "kv push to 10.0.0.1:7: Mooncake has written nothing for" in kv_lines.text
-    assert "4 ranges are on their way; the blocks are kept" in kv_lines.text
+    assert "and 4 ranges are on their way; the blocks are kept" in kv_lines.text
 
 
 def test_it_does_not_spin(monkeypatch) -> None:
