@@ -1,0 +1,253 @@
+"""scripts/serve_disaggregated and scripts/bench kv ttft, without vLLM's servers."""
+
+from __future__ import annotations
+
+import csv
+import http.client
+import http.server
+import json
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import _bench_kv_ttft as ttft  # noqa: E402
+import _disaggregated  # noqa: E402
+import _disaggregated_serve as serve  # noqa: E402
+import _ttft_machine  # noqa: E402
+import _ttft_model  # noqa: E402
+from _disaggregated import Sizes  # noqa: E402
+from _disaggregated_proxy import Proxy  # noqa: E402
+from _server import HOST, Server, ServerError, free_port  # noqa: E402
+from _system import SetupError  # noqa: E402
+from _ttft_servers import prompt  # noqa: E402
+
+
+@contextmanager
+def answering(answer: Any) -> Iterator[int]:
+    """A small HTTP server: `answer(path, body)` is (status, JSON); yields its port."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.do_POST()
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            status, said = answer(self.path, json.loads(body or b"null"))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(said).encode())
+
+        def log_message(self, *words: Any) -> None:
+            """Quiet."""
+
+    server = http.server.ThreadingHTTPServer((HOST, 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def a_server(port: int, folder: Path) -> Server:
+    server = Server(Path(sys.executable), "none", env={}, log=folder / "log")
+    server.port = port
+    return server
+
+
+def a_pair(folder: Path, prefill: int, decode: int, bootstrap: int) -> _disaggregated.Pair:
+    servers = (a_server(port, folder) for port in (prefill, decode))
+    return _disaggregated.Pair(*servers, bootstrap)
+
+
+def test_a_proxy_asks_prefill_for_the_kv_and_decode_for_the_answer(tmp_path) -> None:
+    heard = []
+
+    def prefilling(path: str, body: Any) -> tuple[int, Any]:
+        if path == "/query":
+            return 200, {"0": {"engine_id": "the-engine"}}
+        heard.append(("prefill", body))
+        return 200, {}
+
+    def decoding(path: str, body: Any) -> tuple[int, Any]:
+        heard.append(("decode", body))
+        return 200, {"said": "this"}
+
+    with answering(prefilling) as first, answering(decoding) as second:
+        lines: list[str] = []
+        pair = a_pair(tmp_path, first, second, first)
+        with Proxy(pair, 0, lines.append) as proxy:
+            found = serve.complete(proxy, "a prompt", max_tokens=7)
+    assert found == {"said": "this"}
+    (who, asked), (then, last) = heard
+    assert (who, then) == ("prefill", "decode")
+    assert (asked["max_tokens"], last["max_tokens"]) == (1, 7)
+    sends, takes = asked["kv_transfer_params"], last["kv_transfer_params"]
+    assert sends["do_remote_decode"]
+    assert takes["do_remote_prefill"]
+    assert sends["transfer_id"] == takes["transfer_id"]
+    assert takes["remote_engine_id"] == "the-engine"
+    assert len(lines) == len(proxy.first_tokens) == 1
+
+
+def test_a_request_whose_prefill_fails_never_reaches_decode(tmp_path) -> None:
+    asked = []
+
+    def decoding(path: str, body: Any) -> tuple[int, Any]:
+        asked.append(path)
+        return 200, {}
+
+    with (
+        answering(lambda path, body: (500, "no")) as first,
+        answering(decoding) as second,
+        Proxy(a_pair(tmp_path, first, second, first), 0, print) as proxy,
+        pytest.raises(ServerError, match=r"answers 502: .*prefill: .*with 500"),
+    ):
+        serve.complete(proxy, "a prompt", max_tokens=7)
+    assert asked == []
+
+
+def test_a_port_that_is_taken_is_said_before_any_server_starts(tmp_path) -> None:
+    pair = a_pair(tmp_path, 1, 2, 3)
+    with (
+        answering(lambda path, body: (200, {})) as port,
+        pytest.raises(ServerError, match=f"cannot listen at {HOST}:{port} .*--port"),
+    ):
+        Proxy(pair, port)
+    with pytest.raises(ServerError, match="70000"):
+        Proxy(pair, 70000)
+    with Proxy(pair, free_port()) as proxy:
+        connection = http.client.HTTPConnection(HOST, proxy.port, timeout=5)
+        connection.request("GET", "/health")
+        # It listens; the decode server that it asks is none.
+        assert connection.getresponse().status == 502
+
+
+@pytest.mark.parametrize("words", [["--prefill-tp", "0"], ["--decode-tp=-1"], ["--decode-tp=two"]])
+def test_what_is_no_tensor_parallel_size_is_refused(words, capsys) -> None:
+    with pytest.raises(SystemExit):
+        serve.parse(words)
+    assert "is no tensor-parallel size" in capsys.readouterr().err
+
+
+def listing(folder: Path, **found: str) -> Path:
+    """An interpreter whose `-m ascend_patch list --json` says this of kv_connector."""
+    patch = {"id": "kv_connector", "applies_to": "these releases", **found}
+    program = folder / "python"
+    text = json.dumps({"patches": [{"id": "rotary", "state": "armed", "reason": ""}, patch]})
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\n")
+    program.chmod(0o755)
+    return program
+
+
+def test_heads_that_ranks_cannot_share_are_refused_and_what_is_not_known_is_left_to_vllm(
+    tmp_path,
+) -> None:
+    env = SimpleNamespace(python=listing(tmp_path, state="armed", reason=""))
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 4}')
+    for sizes in (Sizes(2, 1), Sizes(1, 4), Sizes(4, 4)):
+        serve.refuse_what_cannot_start(env, {}, tmp_path, sizes)
+    with pytest.raises(SetupError, match=r"4 attention heads, which 3 ranks .*--prefill-tp"):
+        serve.refuse_what_cannot_start(env, {}, tmp_path, Sizes(3, 1))
+    with pytest.raises(SetupError, match="--decode-tp"):
+        serve.refuse_what_cannot_start(env, {}, tmp_path, Sizes(1, 8))
+    serve.refuse_what_cannot_start(env, {}, tmp_path / "a-name-on-a-hub", Sizes(3, 1))
+
+
+def test_a_release_without_the_patch_is_refused_where_the_sizes_differ(tmp_path) -> None:
+    env = SimpleNamespace(python=listing(tmp_path, state="skipped", reason="vllm 0.11.0 is old"))
+    serve.refuse_what_cannot_start(env, {}, tmp_path, Sizes(2, 2))
+    with pytest.raises(SetupError, match=r"TP 2 -> 1 needs kv_connector.*skipped.*0.11.0 is old"):
+        serve.refuse_what_cannot_start(env, {}, tmp_path, Sizes(2, 1))
+    newer = SimpleNamespace(python=listing(tmp_path, state="retired", reason="vLLM has it"))
+    serve.refuse_what_cannot_start(newer, {}, tmp_path, Sizes(2, 1))
+
+
+SPIN = "import time\nend = time.process_time() + 0.6\nwhile time.process_time() < end: pass\n"
+
+
+def test_time_of_others_is_told_from_ours() -> None:
+    """On a machine that may be busy: a process counts where it is not ours, and not where it is."""
+
+    def spin(ours: bool) -> tuple[float, int]:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-c", SPIN + "print(flush=True)\ninput()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        watch = _ttft_machine.Others([process.pid] if ours else [])
+        before = watch._at
+        assert process.stdout is not None
+        process.stdout.readline()
+        cores, counted = watch.cores(), watch._at[2] - before[2]
+        process.communicate(b"\n", timeout=20)
+        return cores, counted
+
+    strange, ours = spin(ours=False), spin(ours=True)
+    assert strange[0] > 0
+    assert ours[1] >= strange[1] + 0.3 * _ttft_machine.TICKS
+
+
+def test_bytes_are_those_of_whole_blocks() -> None:
+    each = 2 * _ttft_model.LAYERS * _ttft_model.HEADS * _ttft_model.HEAD_SIZE * 4
+    assert _ttft_model.kv_bytes(1, 128) == 128 * each
+    assert _ttft_model.kv_bytes(128, 128) == _ttft_model.kv_bytes(128, 32) == 128 * each
+    assert _ttft_model.kv_bytes(129, 32) == 160 * each
+
+
+def test_prompts_differ_where_they_should() -> None:
+    assert prompt(64) == prompt(64)
+    # random.Random takes -64 for 64.
+    assert prompt(64) != prompt(64, random.Random(65))
+
+
+def test_an_answer_that_did_not_come_is_counted_and_in_no_median() -> None:
+    samples = [(0.1, 0.05, 0.5), None, (0.3, 0.06, 0.1), (0.2, 0.07, 0.3)]
+    row = dict(zip(ttft.COLUMNS[7:], ttft.summary(ttft.PAIR, samples), strict=True))
+    assert (row["ttft_ms"], row["min_ms"], row["max_ms"]) == (200.0, 100.0, 300.0)
+    assert (row["q1_ms"], row["q3_ms"], row["prefill_ms"]) == (150.0, 250.0, 60.0)
+    assert (row["answers"], row["failed"], row["others"]) == (3, 1, 0.3)
+    with pytest.raises(ServerError, match="2 answers of 4 are too few"):
+        list(ttft.summary(ttft.PAIR, [*samples[:2], None, samples[2]]))
+
+
+def test_a_run_replaces_its_own_rows_and_leaves_out_what_is_there(tmp_path, monkeypatch) -> None:
+    asked = []
+
+    def measure(env: Any, sizes: Sizes, layout: str, arguments: Any) -> list[dict[str, Any]]:
+        asked.append((str(sizes), layout))
+        row = dict.fromkeys(ttft.COLUMNS, len(asked))
+        row |= {"prefill_tp": sizes.prefill, "decode_tp": sizes.decode, "layout": layout}
+        return [row | {"tokens": 64, "what": ttft.PAIR}]
+
+    monkeypatch.setattr(ttft, "measure", measure)
+    monkeypatch.setattr(ttft._env, "prepare", lambda **_: None)
+    monkeypatch.setattr(ttft, "facts", lambda env, commit: {"commit": commit})
+    monkeypatch.setattr(ttft._ttft_picture, "write", lambda folder: None)
+
+    def run(*words: str) -> list[tuple[str, ...]]:
+        asked.clear()
+        assert ttft.main([*words, "--out", str(tmp_path), "--commit", words[-1]]) == 0
+        rows = csv.DictReader((tmp_path / "kv_ttft.csv").open())
+        return [(r["prefill_tp"], r["decode_tp"], r["layout"], r["commit"]) for r in rows]
+
+    assert run("--layouts", "HND", "--ratios", "1:1") == [("1", "1", "HND", "1:1")]
+    found = run("--missing", "--layouts", "HND", "--ratios", "1:1", "2:1")
+    assert asked == [("TP 2 -> 1", "HND")]
+    assert found == [("2", "1", "HND", "2:1"), ("1", "1", "HND", "1:1")]
+    found = run("--ratios", "1:1", "--layouts", "HND")
+    assert found == [("2", "1", "HND", "2:1"), ("1", "1", "HND", "HND")]
