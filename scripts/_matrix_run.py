@@ -76,7 +76,7 @@ def run_imports(env: _env.Environment, release: str, device: str, folder: Path) 
         verdict="applied",
         patches={name: Seen(**seen) for name, seen in found["patches"].items()},
     )
-    wrong = [f"{name} is failed: {p.reason}" for name, p in result.patches.items() if _bad(p)]
+    wrong = [f"{name} is {p.state}: {p.reason}" for name, p in result.patches.items() if _bad(p)]
     wrong += found["problems"]
     wrong += [f"{name} cannot be imported: {why}" for name, why in found["not imported"].items()]
     wrong += [f"{name} was not decided" for name in found["known"] if name not in result.patches]
