@@ -18,12 +18,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ascend_patch.impl import gdn_metadata
+from ascend_patch.impl import gdn_begin, gdn_metadata, gdn_vllm_conv
 from ascend_patch.impl.gdn_vllm_parcel import Parcel
 
 MODULE = "vllm.v1.attention.backends.gdn_attn"
-# Tokens that a program of the release's convolution takes.
-CONV_BLOCK = 8
 _KINDS = ("prefill", "decode", "spec_decode")
 Numbers = npt.NDArray[Any]
 
@@ -83,6 +81,7 @@ def build(
         assert num_accepted_tokens is not None
         fields = batch.speculative(speculative.numpy(), num_accepted_tokens)
     batch.prefill(fields)
+    batch.decode(fields)
     batch.graphs(fields)
     lists = {}
     if release.token_masks and speculative is not None:
@@ -231,25 +230,16 @@ class _Batch:
         if self.rest is not None:
             has_context = has_context.index_select(0, self.rest)
         fields["has_initial_state"] = has_context
-        blocks = -(-np.diff(self.rest_starts) // CONV_BLOCK)
-        sequence = np.repeat(np.arange(len(blocks)), blocks)
-        block = np.arange(len(sequence)) - np.repeat(np.cumsum(blocks) - blocks, blocks)
-        padded = np.full((2, 2 * max(1024, len(sequence))), -1, dtype=np.int32)
-        padded[0, : len(sequence)], padded[1, : len(sequence)] = sequence, block
-        (programs,) = self._send(padded)
-        by_sequence, by_block = programs
-        fields.update(batch_ptr=by_sequence, token_chunk_offset_ptr=by_block)
-        fields["nums_dict"] = {
-            CONV_BLOCK: {
-                "nums": torch.from_numpy(blocks),
-                "tot": len(sequence),
-                "mlist": torch.from_numpy(sequence),
-                "mlist_len": len(sequence),
-                "offsetlist": torch.from_numpy(block.astype(np.int32)),
-                "batch_ptr": by_sequence,
-                "token_chunk_offset_ptr": by_block,
-            }
-        }
+        counts, padded = gdn_vllm_conv.blocks_of(self.rest_starts)
+        (sent,) = self._send(padded)
+        fields.update(gdn_vllm_conv.fields(counts, padded, sent))
+
+    def decode(self, fields: dict[str, Any]) -> None:
+        """Empty the slots of requests that begin and are taken for decode."""
+        rows = gdn_begin.rows(self.common, self.starts)
+        if fields["num_decodes"] and len(rows):
+            (sent,) = self._send(rows)
+            gdn_begin.empty(self.builder, self.table[:, 0].index_select(0, sent))
 
     def graphs(self, fields: dict[str, Any]) -> None:
         """Count tokens; put what a captured graph reads into the builder's own buffers."""

@@ -8,6 +8,7 @@ caches, so VERIFY compares nothing; the kernels have their self-test.
 from __future__ import annotations
 
 from ascend_patch._registry import Band, Target
+from ascend_patch.patches._gdn_vllm import BUILDER_INIT
 
 WORKER_PATCH = "vllm_ascend.patch.worker"
 FLA = "vllm_ascend.ops.triton.fla"
@@ -114,6 +115,7 @@ BANDS = (
         "",
         ("0.18.0", "releases/v0.18.0"),
         (
+            BUILDER_INIT,
             BUILD_0_18,
             BLOCK_TABLES,
             HOST_VALUES,
@@ -125,7 +127,7 @@ BANDS = (
         "vllm_ascend",
         "",
         ("0.13.0", "releases/v0.13.0"),
-        (BUILD_0_13, _layer("qwen3_next_0_13", *QWEN3_NEXT)),
+        (BUILDER_INIT, BUILD_0_13, _layer("qwen3_next_0_13", *QWEN3_NEXT)),
     ),
     Band("vllm_ascend", "", ("0.11.0", "v0.11.0-dev"), (RULE_0_11,)),
 )
@@ -141,7 +143,7 @@ UNTOUCHED = (
     "convolution reads the slots from there",
     "vllm_ascend 0.23.0: its layers read nothing back; what is mended is its metadata of sequences "
     "without tokens",
-    "vllm_ascend, prompts of one token in a batch that decodes: up to 0.18.0 they go on from what "
-    "the last owner has left in their slot, as in vLLM",
+    "vllm_ascend 0.11.0, prompts of one token in a batch that decodes: they go on from what the "
+    "last owner has left in their slot, as in vLLM (in 0.13.0 and 0.18.0 this patch empties it)",
     "vllm_ascend, 310P: it runs classes of its own",
 )

@@ -30,6 +30,9 @@ def _builder(release: str, *context: str) -> Target:
     )
 
 
+# It does not keep the names of its layers.
+BUILDER_INIT = Target(f"{BUILDER}.__init__", "host", "ascend_patch.impl.gdn_begin:remember_layers")
+
 # The block table of a request depends on the mode of prefix caching.
 MODES = f"{BACKENDS}.utils:mamba_get_block_table_tensor"
 
@@ -64,7 +67,8 @@ FLASHINFER = (
 
 
 def _band(versions: str, releases: str, *targets: Target) -> Band:
-    return Band("vllm", versions, tuple(releases.split()), targets, devices=("cuda",))
+    built = (BUILDER_INIT, *targets)
+    return Band("vllm", versions, tuple(releases.split()), built, devices=("cuda",))
 
 
 BANDS = (
@@ -126,9 +130,9 @@ UNTOUCHED = (
     "vllm 0.17 to 0.19 on SM90 (H100, H200), where vLLM chooses FlashInfer's prefill: it stays. "
     '`--additional-config \'{"gdn_prefill_backend": "triton"}\'` (from 0.18) makes the prefill '
     "ours; 0.17 has no such choice",
-    "vllm, prompts of one token in a batch that decodes: vLLM takes them for decode, and they go "
-    "on from what the last owner has left in their slot (on a CPU, where no graph is captured, "
-    "this patch makes them prefill)",
+    "vllm 0.20 to 0.30, prompts of one token in a batch that decodes: vLLM takes them for decode, "
+    "and they go on from what the last owner has left in their slot (up to 0.19 this patch "
+    "empties it)",
     "vllm, layers with heads that the kernels do not take (K and V of 64, 128 and 256 they do), in "
     "float32, or without Triton: vLLM's own, and the state of the patch says why",
     "vllm, other layers on the same metadata: Kimi Linear (KDA) and OLMo hybrid derive their "

@@ -154,6 +154,7 @@ class Model:
             num_speculative_blocks=own.drafts,
         )  # fmt: skip
         self.config = self._config()
+        self.config.compilation_config.static_forward_context = {PREFIX: self.layer}
         self.builder = gdn_attn.GDNAttentionMetadataBuilder(spec, [PREFIX], self.config, CPU)
         self.table = self._block_table()
 

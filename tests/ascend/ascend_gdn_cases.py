@@ -34,6 +34,15 @@ CASES = {
     "chunks of prompts": Case(FIRST, rows(64, 3, 66)),
     "one token beside a prompt": Case(FIRST, rows(1, 1, 66)),
     "decode": Case(FIRST, rows(1, 1, 1), rows(1, 1, 1)),
+    "a prompt of one token beside decode": Case(
+        rows(70, 5), rows(1, 1, 1), rows(1, 1, 1), rows(1, 3, 1)
+    ),
+    "a prompt of one token beside drafts": Case(
+        rows(70, 5),
+        ([(0, 3, 2), (1, 3, 1), (2, 1, None)], 0),
+        ([(0, 3, 3), (1, 3, 2), (2, 1, None)], 0),
+        drafts=2,
+    ),
     "padded": Case(FIRST, rows(66, 5, 2, padding=2), rows(1, 1, 1)),
     "an empty sequence in the middle": Case(FIRST, rows(65, 0, 128), rows(1, 1, 1)),
     "sizes of K and V": Case(FIRST, rows(1, 1, 1), key_size=128, value_size=64),

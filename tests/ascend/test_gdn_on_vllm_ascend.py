@@ -42,6 +42,21 @@ def test_decode_is_the_release_s_own_and_reads_the_states_that_prefill_left(rele
     assert patched["layer"][1:] == unpatched["layer"][1:] == [{}, {}]
 
 
+@ALL
+def test_a_prompt_of_one_token_in_a_batch_that_decodes(release, kind):
+    """Slots are full of what nobody may read; the release takes such a request for decode."""
+    unpatched, patched = both(release, f"{kind}: a prompt of one token beside decode")
+    assert max(unpatched["errors"]) > WRONG, "what is to be mended is not there"
+    assert len(patched["errors"]) == 4
+    assert max(patched["errors"]) < RIGHT
+    assert patched["builder"] == [{}] * 4
+    unpatched, patched = both(release, f"{kind}: a prompt of one token beside drafts")
+    # Beside drafts it is a prefill of 0.18.0.
+    assert (max(unpatched["errors"]) > WRONG) == ("0.13.0" in release)
+    assert len(patched["errors"]) == 3
+    assert max(patched["errors"]) < RIGHT
+
+
 @pytest.mark.parametrize("release", RELEASES)
 def test_decode_reads_them_where_k_and_v_differ(release):
     """A transposed state could not pass: K is twice V here, and half of it elsewhere."""

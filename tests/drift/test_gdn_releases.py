@@ -68,7 +68,7 @@ def test_each_release_up_to_0_19_is_armed_on_a_gpu(release: Path, tmp_path: Path
         return
     assert decision.state == "armed", decision.reason
     assert decision.band is not None
-    assert len(decision.band.targets) == 2
+    assert len(decision.band.targets) == 3
     for target in decision.band.targets:
         symbol = Symbol.parse(target.symbol)
         assert _fingerprint.of_symbol(release, symbol.module, symbol.qualname), target.symbol

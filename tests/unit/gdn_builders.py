@@ -39,6 +39,31 @@ VERSION = tuple(map(int, RELEASE.split(".")))
 Builder = gdn_attn.GDNAttentionMetadataBuilder
 
 
+def layer_of() -> SimpleNamespace:
+    """A layer whose slots are all in use; from 0.19 its caches are one tuple for all engines."""
+    caches = tuple(Remote(torch.ones(SLOTS, *shape)) for shape in ((3, 2), (2, 2, 1)))
+    return SimpleNamespace(kv_cache=caches if VERSION >= (0, 19) else [caches])
+
+
+def emptied(builder: Builder) -> dict[str, list[list[int]]]:
+    """For each layer and each of its caches the slots that hold something else than before."""
+    layers = builder.vllm_config.compilation_config.static_forward_context
+    found = {}
+    for name, layer in layers.items():
+        caches = layer.kv_cache if VERSION >= (0, 19) else layer.kv_cache[0]
+        held = [cache.held.flatten(1) for cache in caches]
+        # Emptied is zero throughout.
+        assert all(bool(((x == 1).all(1) | (x == 0).all(1)).all()) for x in held)
+        found[name] = [(x[:, 0] == 0).nonzero().flatten().tolist() for x in held]
+    return found
+
+
+def expected_empty(case: Case, table: torch.Tensor) -> list[int]:
+    """The slots of requests that have one token and no context."""
+    pairs = zip(case.tokens_of, case.context, strict=True)
+    return sorted(int(table[n, 0]) for n, pair in enumerate(pairs) if pair == (1, 0))
+
+
 def builder_of(case: Case) -> Builder:
     """A builder of the release, its buffers full of what nobody may read."""
     fields = {"mamba_cache_mode": case.mode} if VERSION >= (0, 15) else {}
@@ -56,6 +81,7 @@ def builder_of(case: Case) -> Builder:
             cudagraph_mode=SimpleNamespace(has_full_cudagraphs=lambda: case.graphs),
             max_capture_size=64,
             max_cudagraph_capture_size=64,
+            static_forward_context={"layer": layer_of(), "another group's": layer_of()},
         ),
         scheduler_config=SimpleNamespace(max_num_seqs=MAX_SEQS),
         cache_config=SimpleNamespace(mamba_cache_mode=case.mode),
@@ -105,7 +131,7 @@ def batch_of(case: Case, generator: torch.Generator):
 
 
 def run(build, case: Case, generator: torch.Generator):
-    """(metadata or the error's name, the builder, waits)."""
+    """(metadata or the error's name, the builder, waits, slots of requests that begin)."""
     with Device() as device:
         builder = builder_of(case)
         batch = batch_of(case, generator)
@@ -113,8 +139,10 @@ def run(build, case: Case, generator: torch.Generator):
         try:
             metadata = build(builder, 0, *batch)
         except AssertionError as error:
-            return f"AssertionError: {error}", builder, device.waits
-    return metadata, builder, device.waits
+            return f"AssertionError: {error}", builder, device.waits, []
+    # By the release's own table; in mode `align` that is a copy.
+    slots = expected_empty(case, here(batch[0].block_table_tensor))
+    return metadata, builder, device.waits, slots
 
 
 def described(value: object, builder: Builder) -> object:
@@ -212,10 +240,13 @@ def main() -> None:
     decision = _plan.decide(_registry.load()["gdn_attn"], installed)
     assert decision.band is not None, decision.reason
     original = Builder.build
-    (target,) = (t for t in decision.band.targets if t.symbol.endswith("Builder.build"))
-    installation = make(target, lambda: None)
-    installation.prepare()
-    installation.install()
+    targets = [t for t in decision.band.targets if "GDNAttentionMetadataBuilder" in t.symbol]
+    assert {t.symbol.rpartition(".")[2] for t in targets} == {"build", "__init__"}
+    target = next(t for t in targets if t.symbol.endswith(".build"))
+    installations = [make(t, lambda: None) for t in targets]
+    for installation in installations:
+        installation.prepare()
+        installation.install()
     ours = Builder.build
     assert ours is not original
     rng = random.Random(int(SEED))
@@ -223,8 +254,8 @@ def main() -> None:
     found = []
     for number, case in enumerate(cases):
         generator = torch.Generator().manual_seed(int(SEED) + number)
-        expected, their_builder, their_waits = run(original, case, generator.clone_state())
-        metadata, builder, waits = run(ours, case, generator.clone_state())
+        expected, their_builder, their_waits, _ = run(original, case, generator.clone_state())
+        metadata, builder, waits, slots = run(ours, case, generator.clone_state())
         entry = {
             "name": case.name,
             "differs": differences((expected, their_builder), (metadata, builder)),
@@ -237,8 +268,12 @@ def main() -> None:
             entry["prefills"] = metadata.num_prefills
             entry["decodes"] = metadata.num_decodes
             entry["speculative"] = metadata.num_spec_decodes
+            entry["begin"] = slots
+            entry["emptied"] = emptied(builder)
+            entry["stock emptied"] = emptied(their_builder)
         found.append(entry)
-    installation.revert()
+    for installation in installations:
+        installation.revert()
     assert Builder.build is original
     print(json.dumps({"target": target.replacement, "cases": found}))
 

@@ -111,7 +111,8 @@ class Device(TorchDispatchMode):
             self.waits[name] += 1
         elif func in _INDEXING:
             masks = [x for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)]
-            self.waits["mask"] += bool(masks)
+            if masks:
+                self.waits["mask"] += 1
         elif func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None:
             self.waits[name] += 1
 

@@ -47,3 +47,19 @@ def test_build_is_the_release_s_without_its_waits(
     kinds = {(bool(c["prefills"]), bool(c["decodes"]), bool(c["speculative"])) for c in cases}
     assert {(True, False, False), (False, True, False), (False, False, True)} <= kinds
     assert {(True, False, True), (True, True, False)} <= kinds
+
+
+def test_a_request_that_begins_in_decode_finds_its_slot_empty(
+    release: str, cases: list[dict[str, Any]]
+) -> None:
+    built = [case for case in cases if "emptied" in case]
+    for case in built:
+        # Those that count as prefill are known to begin by `has_initial_state`.
+        slots = case["begin"] if case["decodes"] else []
+        expected = {"layer": [slots, slots], "another group's": [[], []]}
+        assert case["emptied"] == expected, case["name"]
+    begins = [case for case in built if any(case["emptied"]["layer"])]
+    print(f"vllm {release}: {len(begins)} of {len(built)} batches with requests that begin")
+    assert len(begins) >= 3
+    # What is to be mended is there.
+    assert not any(any(case["stock emptied"]["layer"]) for case in begins)
