@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import _env
+import _matrix_imports
 import _matrix_run
 import _matrix_table
 from _matrix_cases import CASES, RELEASES, Result, result_of
@@ -91,11 +92,11 @@ def run_release(release: str, *, again: bool) -> list[Result]:
     results = [
         kept.get(
             f"{release} imports, {device}",
-            lambda device=device: _matrix_run.run_imports(
+            lambda device=device: _matrix_imports.run_imports(
                 env, release, device, logs / f"imports-{device}"
             ),
         )
-        for device in _matrix_run.DEVICES
+        for device in _matrix_imports.DEVICES
     ]
     versions = results[0].versions
     for case in (case for case in CASES if case.release == release):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from _pair import FINE
+
 RELEASES = ("0.11.0", "0.17.0", "0.18.0", "0.23.0", "0.32.0")
 # Of torch's default for logprobs; what two right implementations differ by in float32 is less.
 FLOAT32_LIMIT = 1e-4
@@ -15,6 +17,9 @@ TRANSFORMERS_LIMIT = 1e-3
 BFLOAT16_ULPS = 2
 # How much more than the limit a spoilt kernel must show, for the comparison to mean anything.
 POWER = 10
+
+# What may become of a patch here; which of them it is, the table shows.
+DECIDED = (*FINE, "skipped")
 
 ITSELF = "its unpatched run"
 TRANSFORMERS = "transformers"
@@ -90,7 +95,8 @@ class Result:
         date: Of the run, UTC.
         commit: Of the checkout, with a + where it was changed.
         versions: Of vllm, torch, transformers and python.
-        verdict: "same", "applied" (imports), "not served", or what is wrong, as a sentence.
+        verdict: "same", "not served", of imports "applied" or "applied in part" (vLLM itself cannot
+            import the rest here), or what is wrong, as a sentence.
         oracle: What the patched answers were compared with.
         steps: How many steps were compared.
         other_tokens: At how many of them the greedy choice was another.
@@ -98,7 +104,7 @@ class Result:
         limit: What it may be.
         spoilt: The least difference that any prompt shows when our kernel's output is spoilt.
         patches: What became of each.
-        why: Why something is not served, in the server's own words.
+        why: Why something is not served or imported, in vLLM's own words.
         seconds: The whole row took so long.
     """
 
@@ -121,7 +127,7 @@ class Result:
 
     @property
     def fine(self) -> bool:
-        return self.verdict in ("same", "applied", "not served")
+        return self.verdict in ("same", "applied", "applied in part", "not served")
 
 
 def result_of(data: dict[str, Any]) -> Result:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -17,8 +15,7 @@ from typing import Any
 import _env
 import _matrix_cases as cases
 import _pair
-from _disaggregated import engine_folder
-from _matrix_cases import Case, Result, Seen
+from _matrix_cases import DECIDED, Case, Result, Seen
 from _serve import Progress, tiny_model
 from _server import Server, ServerError
 from _system import SetupError, say
@@ -30,79 +27,11 @@ import logprobs  # noqa: E402  (the tests' own way to ask and compare)
 
 # A fault's plugin reads its name from the file that this variable names.
 FAULT_VARIABLES = {"fault_plugin": "E2E_FAULT_FILE", "gdn_plugin": "E2E_GDN_FAULT_FILE"}
-DEVICES = ("cpu", "cuda", "emulated")
-# What may become of a patch here; which of them it is, the table shows.
-DECIDED = (*_pair.FINE, "skipped")
 # Behind what vLLM writes in front of a line: `ValueError: too many values to unpack`.
 ERROR = re.compile(r"(?:^|[\])] )((?:[\w.]+\.)?[A-Z]\w*Error: .+)$")
-IMPORT_SECONDS = 180
 ASK_SECONDS = 240
 ORACLE_SECONDS = 240
 Answers = tuple[logprobs.Answer, ...]
-
-
-class TooLateError(SetupError):
-    """A step passed its deadline."""
-
-
-@contextlib.contextmanager
-def deadline(seconds: float, what: str) -> Iterator[None]:
-    """Raise `TooLateError` in the main thread where a step takes longer."""
-
-    def late(*_: object) -> None:
-        raise TooLateError(f"{what} did not end in {seconds:.0f} s.")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def run_imports(env: _env.Environment, release: str, device: str, folder: Path) -> Result:
-    """Import what the patches change, for a device, in one process; nothing is run."""
-    began = time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
-    found = _child(env, device, folder)
-    result = Result(
-        release,
-        f"imports, {device}",
-        "",
-        _pair.today(),
-        _pair.commit(),
-        found["versions"],
-        verdict="applied",
-        patches={name: Seen(**seen) for name, seen in found["patches"].items()},
-    )
-    wrong = [f"{name} is {p.state}: {p.reason}" for name, p in result.patches.items() if _bad(p)]
-    wrong += found["problems"]
-    wrong += [f"{name} cannot be imported: {why}" for name, why in found["not imported"].items()]
-    wrong += [f"{name} was not decided" for name in found["known"] if name not in result.patches]
-    if wrong:
-        result.verdict = "; ".join(wrong)
-    result.seconds = round(time.monotonic() - began)
-    return result
-
-
-def _bad(patch: Seen) -> bool:
-    # What is armed here waits for a module that was imported: it has not been applied.
-    return patch.state in ("failed", "reverted", "armed")
-
-
-def _child(env: _env.Environment, device: str, folder: Path) -> dict[str, Any]:
-    out = folder / f"{device}.json"
-    # vLLM's Mooncake connectors cannot be imported without its engine.
-    path = [engine_folder(env.plain)]
-    variables = _pair.make_server(env, folder, folder, patches="all", arguments=(), path=path).env
-    variables |= {"ASCEND_PATCHES_DEVICE": device}
-    command = [str(env.python), str(_env.SCRIPTS / "_matrix_child.py"), str(out)]
-    done = _finished(command, folder, variables, IMPORT_SECONDS, f"The imports for {device}")
-    if done.returncode:
-        raise SetupError(f"The imports for {device} failed: {done.stdout.strip()[-600:]}")
-    found: dict[str, Any] = json.loads(out.read_text())
-    return found
 
 
 def run_case(env: _env.Environment, case: Case, versions: dict[str, str], folder: Path) -> Result:
@@ -218,7 +147,7 @@ def _by_transformers(
     variables["PYTHONPATH"] += f":{_env.SCRIPTS}"
     command = [str(env.plain), str(_env.SCRIPTS / "_matrix_oracle.py")]
     command += [str(model), str(question), str(verdict)]
-    done = _finished(command, folder, variables, ORACLE_SECONDS, "The model in transformers")
+    done = _pair.finished(command, folder, variables, ORACLE_SECONDS, "The model in transformers")
     if done.returncode:
         raise SetupError(f"transformers cannot run the model: {done.stdout.strip()[-600:]}")
     found: dict[str, Any] = json.loads(verdict.read_text())
@@ -245,7 +174,7 @@ def _started(
     kind = "unpatched" if fault is None else "patched"
     say(f"{case.name}: starting it {kind}")
     try:
-        with server, deadline(ASK_SECONDS, f"{case.name}, {kind}: what is asked"):
+        with server, _pair.deadline(ASK_SECONDS, f"{case.name}, {kind}: what is asked"):
             progress.end()
             say(f"{case.name}: {kind}, ready in {server.started_in:.0f} s")
             yield server
@@ -261,22 +190,3 @@ def _first_error(log: Path) -> str:
         return ""
     found = (ERROR.search(line) for line in lines)
     return next((match[1].strip()[:300] for match in found if match), "")
-
-
-def _finished(
-    command: list[str], folder: Path, variables: dict[str, str], seconds: float, what: str
-) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(
-            command,
-            cwd=folder,
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise TooLateError(f"{what} did not end in {seconds:.0f} s.") from error

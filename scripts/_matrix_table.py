@@ -27,7 +27,8 @@ PATCHES = """\
 
 The state in the processes of a server with the named model, and how often vLLM reached what the
 patch put in place. *imported*: where no server of a CPU gets there, the modules that the patch
-changes were imported and patched, as for the named device, and not run.
+changes were imported and patched, as for the named device, and not run; *in part* where vLLM itself
+cannot import one of them here.
 """
 ANSWERS = """\
 ## What the servers said
@@ -138,16 +139,17 @@ def _of_release(results: Sequence[Result], name: str) -> str:
     ran = [(r.what, r.patches[name]) for r in servers if r.patches[name].calls]
     if ran:
         return "; ".join(f"{seen.state}, {seen.calls} calls ({what})" for what, seen in ran)
-    imported = [
-        r.what.removeprefix(IMPORTS)
-        for r in results
-        if r.what.startswith(IMPORTS) and name in r.patches and r.patches[name].state == "applied"
-    ]
+    imported: dict[str, list[str]] = {}
+    for result in results:
+        seen = result.patches.get(name)
+        if result.what.startswith(IMPORTS) and seen and seen.state.startswith("applied"):
+            imported.setdefault(seen.state, []).append(result.what.removeprefix(IMPORTS))
     states = list(dict.fromkeys(r.patches[name].state for r in servers))
     if not states:
         states = list(dict.fromkeys(r.patches[name].state for r in results if name in r.patches))
     text = ", ".join(states) or "not seen"
-    return f"{text}; imported ({', '.join(imported)}): applied" if imported else text
+    more = [f"imported ({', '.join(devices)}): {state}" for state, devices in imported.items()]
+    return "; ".join([text, *more])
 
 
 def _reasons(results: Sequence[Result]) -> str:
@@ -197,6 +199,8 @@ def _words(results: Sequence[Result]) -> str:
 def _why(result: Result) -> str:
     if result.verdict == "not served":
         return f"no server starts, patched or not; its first error is `{result.why}`"
+    if result.what.startswith(IMPORTS) and result.fine:
+        return result.why
     if result.why and result.fine:
         return f"the unpatched server does not start; its first error is `{result.why}`"
     return result.verdict

@@ -5,11 +5,13 @@ For commands that compare the two: scripts/matrix and scripts/soak.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,50 @@ def make_server(
         ready_seconds=ready_seconds,
         progress=progress,
     )
+
+
+class TooLateError(SetupError):
+    """A step passed its deadline."""
+
+
+@contextlib.contextmanager
+def deadline(seconds: float, what: str) -> Iterator[None]:
+    """Raise `TooLateError` in the main thread where a step takes longer."""
+
+    def late(*_: object) -> None:
+        raise TooLateError(f"{what} did not end in {seconds:.0f} s.")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def finished(
+    command: list[str], folder: Path, variables: dict[str, str], seconds: float, what: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end.
+
+    Raises:
+        TooLateError: It took longer.
+    """
+    try:
+        return subprocess.run(
+            command,
+            cwd=folder,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise TooLateError(f"{what} did not end in {seconds:.0f} s.") from error
 
 
 def status(server: _server.Server) -> dict[str, Any]:

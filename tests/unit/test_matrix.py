@@ -18,8 +18,10 @@ sys.path.insert(0, str(SCRIPTS))
 import _env  # noqa: E402
 import _matrix  # noqa: E402
 import _matrix_cases as cases  # noqa: E402
+import _matrix_imports  # noqa: E402
 import _matrix_run  # noqa: E402
 import _matrix_table as table  # noqa: E402
+import _pair  # noqa: E402
 from _matrix_cases import Case, Result, Seen  # noqa: E402
 from _system import SetupError  # noqa: E402
 
@@ -132,7 +134,7 @@ def test_the_committed_document_is_what_its_data_says() -> None:
     expected = {(case.release, case.model) for case in cases.CASES} | {
         (release, f"imports, {device}")
         for release in cases.RELEASES
-        for device in _matrix_run.DEVICES
+        for device in _matrix_imports.DEVICES
     }
     assert {(row.release, row.what) for row in rows} == expected
 
@@ -235,6 +237,62 @@ def test_verdicts(changes, said) -> None:
     assert "no call reached" in _matrix_run._verdict(CASE, result, [], {})
 
 
+def seen_by_child(state: str = "applied", *targets: str, refused: str = "") -> dict:
+    patch = {"state": state, "reason": "r", "targets": list(targets)}
+    failed = {"vllm.a": refused} if refused else {}
+    found = {"patches": {"rotary": patch}, "known": ["rotary"], "problems": []}
+    return {**found, "versions": VERSIONS, "not imported": failed}
+
+
+@pytest.mark.parametrize(
+    ("patched", "plain", "verdict"),
+    [
+        (seen_by_child("applied", "applied", "applied"), {}, "applied"),
+        (seen_by_child("retired"), {}, "applied"),
+        (seen_by_child("skipped"), {}, "applied"),
+        (seen_by_child("armed", "armed"), {}, "rotary is armed: r"),
+        (seen_by_child("failed", "failed"), {}, "rotary is failed: r"),
+        (seen_by_child("applied", "applied", "armed"), {}, "rotary is applied in part: r"),
+        (
+            seen_by_child("applied", "applied", "armed", refused="E: no triton"),
+            {"vllm.a": "E: no triton"},
+            "applied in part",
+        ),
+        # What vLLM can import alone, or fails at for another reason, the shim has broken.
+        (
+            seen_by_child("applied", "applied", refused="E: ours"),
+            {},
+            "vllm.a cannot be imported: E: ours",
+        ),
+        (
+            seen_by_child("applied", "applied", refused="E: ours"),
+            {"vllm.a": "E: theirs"},
+            "vllm.a cannot be imported: E: ours",
+        ),
+        ({**seen_by_child("applied"), "problems": ["it broke"]}, {}, "it broke"),
+        ({**seen_by_child(), "known": ["rotary", "b"]}, {}, "b was not decided"),
+    ],
+)
+def test_verdicts_of_imports(monkeypatch, tmp_path, patched, plain, verdict) -> None:
+    asked = []
+
+    def child(env, folder, kind, device, modules=()) -> dict:
+        asked.append((kind, list(modules)))
+        return patched if kind == "patched" else {"not imported": plain}
+
+    monkeypatch.setattr(_matrix_imports, "_child", child)
+    result = _matrix_imports.run_imports(None, "0.18.0", "cpu", tmp_path)
+    assert result.verdict == verdict
+    assert result.fine == (verdict in ("applied", "applied in part"))
+    # Without the shim only what failed with it is imported.
+    assert asked[1:] == ([("plain", ["vllm.a"])] if patched["not imported"] else [])
+    if verdict == "applied in part":
+        assert result.why == "vLLM itself cannot import vllm.a here: E: no triton"
+        text = table.to_markdown([result])
+        assert f"- 0.18.0 imports, cpu: {result.why}" in text
+        assert "imported (cpu): applied in part" in text
+
+
 def test_the_first_error_of_a_log_is_the_cause(tmp_path) -> None:
     log = tmp_path / "log.txt"
     log.write_text(
@@ -252,12 +310,12 @@ def test_the_first_error_of_a_log_is_the_cause(tmp_path) -> None:
 def test_a_step_past_its_deadline_is_a_sentence() -> None:
     began = time.monotonic()
     with (
-        pytest.raises(_matrix_run.TooLateError, match=r"the asking did not end in 0 s\."),
-        _matrix_run.deadline(0.2, "the asking"),
+        pytest.raises(_pair.TooLateError, match=r"the asking did not end in 0 s\."),
+        _pair.deadline(0.2, "the asking"),
     ):
         time.sleep(5)
     assert time.monotonic() - began < 2
-    with _matrix_run.deadline(0.2, "the asking"):
+    with _pair.deadline(0.2, "the asking"):
         pass
     # The alarm is off.
     time.sleep(0.3)
