@@ -10,7 +10,8 @@ the others.
 Before anything is timed, a pair must say token for token what its prefill server says alone, with
 all tokens of the prompts counted as transferred; and given another prompt's KV it must say
 something else, or the comparison could not fail. An answer that does not come in time is counted
-under `failed` and is in no median. `others` is what other processes had of the processors
+under `failed` and is in no median. `prefill_ms` of a pair is until prefill has answered, `after_ms`
+from there to the first token: the transfer, and one step of decode. `others` is what other processes had of the processors
 meanwhile, in cores: read figures beside it.
 
 A pair of sizes is one run of a few minutes. Its rows replace those in the folder of --out as soon
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import json
 import random
 import signal
 import sys
@@ -49,7 +51,7 @@ TOKENS = (64, 128, 512, 1024, 2048)
 LEAST = 3  # answers of which there is a median
 KEY = ("prefill_tp", "decode_tp", "layout")
 COLUMNS = (*KEY, "block", "tokens", "kv_bytes", "what", "ttft_ms", "q1_ms", "q3_ms", "min_ms")
-COLUMNS += ("max_ms", "prefill_ms", "answers", "failed", "others")
+COLUMNS += ("max_ms", "prefill_ms", "after_ms", "answers", "failed", "others")
 PAIR, UNPATCHED, PREFILL, DECODE = "pair", "pair, unpatched", "prefill alone", "decode alone"
 
 Row = dict[str, Any]
@@ -138,6 +140,8 @@ def measure(
             check(name, pair, arguments.tokens)
         say(f"checked, {ends - time.monotonic():.0f} s left")
         samples = take(pairs, arguments.tokens, arguments.rounds, ends)
+    every = {f"{tokens} tokens, {what}": found for (tokens, what), found in samples.items()}
+    (logs / "samples.json").write_text(json.dumps(every, indent=1))
     rows = []
     for (tokens, what), found in samples.items():
         block = block_of(layout)
@@ -203,7 +207,11 @@ def summary(what: str, found: list[tuple[float, ...] | None]) -> Iterator[Any]:
     low, middle, high = quantiles(times, n=4, method="inclusive")
     for value in (middle, low, high, min(times), max(times)):
         yield round(value, 1)
-    yield "" if what in (PREFILL, DECODE) else round(1e3 * median(s[1] for s in right), 1)
+    if what in (PREFILL, DECODE):
+        yield from ("", "")
+    else:
+        yield round(1e3 * median(s[1] for s in right), 1)
+        yield round(1e3 * median(s[0] - s[1] for s in right), 1)
     yield len(right)
     yield len(found) - len(right)
     yield round(median(sample[2] for sample in right), 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,10 @@ def draw(rows: list[dict[str, str]]) -> Any:
             curves(panel, here)
             panel.set(title=f"TP {prefill} -> {decode}, {layout}", xscale="log", yscale="log")
             panel.set_xlabel("MiB of KV, whole blocks")
-            panel.grid(alpha=0.3, which="both")
+            ticks = sorted({int(row["kv_bytes"]) / 2**20 for row in here})
+            panel.set_xticks(ticks, [f"{one:g}" for one in ticks], minor=False)
+            panel.set_xticks([], minor=True)
+            panel.grid(alpha=0.3)
         line[0].set_ylabel("ms to the first token, median and quartiles")
     shown = {}
     for panel in panels.flat:
@@ -49,8 +53,8 @@ def draw(rows: list[dict[str, str]]) -> Any:
     panels[0][-1].legend(shown.values(), shown.keys(), fontsize=8)
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     words = [f"{name} {rows[0][name]}" for name in FACTS[1:-1]]
-    title = ", ".join([rows[0]["device"], *words, f"commit {commits}"])
-    figure.suptitle(f"KV over Mooncake's TCP: {title}", fontsize=10)
+    title = ", ".join(["KV over Mooncake's TCP", rows[0]["device"], *words, f"commit {commits}"])
+    figure.suptitle("\n".join(textwrap.wrap(title, 30 * len(ratios) + 20)), fontsize=10)
     figure.tight_layout()
     return figure
 

@@ -220,6 +220,7 @@ def test_an_answer_that_did_not_come_is_counted_and_in_no_median() -> None:
     row = dict(zip(ttft.COLUMNS[7:], ttft.summary(ttft.PAIR, samples), strict=True))
     assert (row["ttft_ms"], row["min_ms"], row["max_ms"]) == (200.0, 100.0, 300.0)
     assert (row["q1_ms"], row["q3_ms"], row["prefill_ms"]) == (150.0, 250.0, 60.0)
+    assert row["after_ms"] == 130.0
     assert (row["answers"], row["failed"], row["others"]) == (3, 1, 0.3)
     with pytest.raises(ServerError, match="2 answers of 4 are too few"):
         list(ttft.summary(ttft.PAIR, [*samples[:2], None, samples[2]]))
