@@ -11,8 +11,8 @@ Before anything is timed, a pair must say token for token what its prefill serve
 all tokens of the prompts counted as transferred; and given another prompt's KV it must say
 something else, or the comparison could not fail. An answer that does not come in time is counted
 under `failed` and is in no median. `prefill_ms` of a pair is until prefill has answered, `after_ms`
-from there to the first token: the transfer, and one step of decode. `others` is what other processes had of the processors
-meanwhile, in cores: read figures beside it.
+from there to the first token: the transfer, and one step of decode. `others` is what other
+processes had of the processors meanwhile, in cores: read figures beside it.
 
 A pair of sizes is one run of a few minutes. Its rows replace those in the folder of --out as soon
 as they are there, so --missing goes on where a run was stopped.
