@@ -91,18 +91,27 @@ def run(arguments: argparse.Namespace) -> None:
     known = facts(env, arguments.commit)
     print(", ".join(f"{name} {value}" for name, value in known.items()))
     path = arguments.out and arguments.out / "kv_ttft.csv"
+    wrong: list[str] = []
     for ratio, layout in itertools.product(arguments.ratios, arguments.layouts):
         sizes = Sizes(*map(int, ratio.split(":")))
         key = tuple(map(str, (sizes.prefill, sizes.decode, layout)))
         kept = read(path) if path else []
         if arguments.missing and any(key == tuple(row[name] for name in KEY) for row in kept):
             continue
-        rows = [row | known for row in measure(env, sizes, layout, arguments)]
+        try:
+            rows = [row | known for row in measure(env, sizes, layout, arguments)]
+        except ServerError as error:
+            # The other sizes are as good without it.
+            wrong.append(f"{sizes}, {layout}: {error}")
+            say(wrong[-1])
+            continue
         if path:
             arguments.out.mkdir(parents=True, exist_ok=True)
             rows += [row for row in kept if key != tuple(row[name] for name in KEY)]
             write_csv(path, sorted(rows, key=order), {}, (*COLUMNS, *known))
             _ttft_picture.write(arguments.out)
+    if wrong:
+        raise ServerError("; ".join(wrong))
 
 
 def read(path: Path) -> list[Row]:
@@ -127,6 +136,9 @@ def measure(
     names = [PAIR]
     if sizes.prefill == sizes.decode and layout == "HND":
         names.append(UNPATCHED)
+    block = block_of(layout)
+    # Less than a block moves as many bytes as a block.
+    lengths = tuple(tokens for tokens in arguments.tokens if tokens >= block)
     logs = _env.cache_root() / "logs" / f"ttft-{time.strftime('%Y%m%dT%H%M%S')}"
     say(f"{sizes}, {layout}, logs in {logs}")
     with ExitStack() as stack:
@@ -137,14 +149,13 @@ def measure(
         start(pairs, stack)
         say(f"{sizes}, {layout}: {len(pairs)} pairs ready, {ends - time.monotonic():.0f} s left")
         for name, pair in pairs.items():
-            check(name, pair, arguments.tokens)
+            check(name, pair, lengths, ends)
         say(f"checked, {ends - time.monotonic():.0f} s left")
-        samples = take(pairs, arguments.tokens, arguments.rounds, ends)
+        samples = take(pairs, lengths, arguments.rounds, ends)
     every = {f"{tokens} tokens, {what}": found for (tokens, what), found in samples.items()}
     (logs / "samples.json").write_text(json.dumps(every, indent=1))
     rows = []
     for (tokens, what), found in samples.items():
-        block = block_of(layout)
         place = (sizes.prefill, sizes.decode, layout, block, tokens)
         row = (*place, _ttft_model.kv_bytes(tokens, block), what, *summary(what, found))
         print(" ".join(f"{value!s:>14}" for value in row), flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def prompt(tokens: int, draw: random.Random | None = None) -> list[int]:
     return [draw.choice(SPOKEN) for _ in range(tokens)]
 
 
-def check(name: str, pair: Pair, lengths: tuple[int, ...]) -> None:
+def check(name: str, pair: Pair, lengths: tuple[int, ...], ends: float) -> None:
     """Hold what a pair says to what its prefill server says alone.
 
     Raises:
@@ -108,6 +109,8 @@ def check(name: str, pair: Pair, lengths: tuple[int, ...]) -> None:
     options["return_tokens_as_token_ids"] = True
     alone: dict[int, list[str]] = {}
     for tokens in lengths:
+        if time.monotonic() > ends:
+            raise ServerError(f"{name}: there was no time left to check {tokens} tokens.")
         alone[tokens] = said(pair.prefill.complete(prompt(tokens), **options))
         before = pair.decode.metric(HITS)
         found = said(pair.complete(prompt(tokens), **options))
