@@ -124,9 +124,7 @@ class Pull:
         try:
             await one.run(self.deadline)
         except PullError as error:
-            raise PullError(
-                f"prefill rank {one.rank} at {one.link.address}: {error}", again=error.again
-            ) from error
+            raise PullError(f"{one.name}: {error}", again=error.again) from error
         self.done.add(one.rank)
 
     def meet(self, rank: int, told: dict[str, Any]) -> None:

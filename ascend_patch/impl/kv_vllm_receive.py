@@ -180,7 +180,7 @@ class Receiver:
 
     def finish(self, pull: Pull) -> None:
         """Report that nobody writes to a request's blocks any more."""
-        log.debug("%s: finished", pull.name)
+        log.debug("%s: finished%s", pull.name, "" if pull.blocks else "; it needed no blocks")
         # Without blocks vLLM waits for nothing, and may have forgotten the request.
         if pull.blocks:
             self.worker.finished_recving_reqs.add(pull.request)

@@ -68,6 +68,7 @@ class Sender:
             job.task = asyncio.ensure_future(self._run(job))
             self._forget()
         else:
+            log.debug("%s: asked again; answering again", self._name(job))
             await self._repeat(job)
 
     async def _run(self, job: Job) -> None:
@@ -210,6 +211,9 @@ class Sender:
             return
         last = bool(ours.get("last"))
         if job is not None:
+            log.info(
+                "%s: given up by the decode rank%s", self._name(job), "" if last else " so far"
+            )
             job.stop(last=last)
         if last and (job is None or not job.writing):
             self.serve(transfer, rank, False)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ascend_patch.impl import kv_handshake, kv_vllm_wire
 from ascend_patch.impl.kv_vllm_link import Link, LostError
-from ascend_patch.impl.kv_vllm_wire import ACCEPTED, CANCEL, DONE, FAILED, GO, READY, Ask
+from ascend_patch.impl.kv_vllm_wire import ACCEPTED, CANCEL, DONE, FAILED, GO, READY, Ask, log
 
 REPEAT_S = 2.0
 # After a peer is gone: what it had written to a socket may still be read from it.
@@ -38,6 +38,11 @@ class Conversation:
         self.doubtful = bool(ask.remote_hostname and pull.blocks)
         self.pushed = asyncio.Event()
 
+    @property
+    def name(self) -> str:
+        """The peer, for messages."""
+        return f"prefill rank {self.rank} at {self.link.address}"
+
     async def run(self, deadline: float) -> None:
         """Until the peer has pushed.
 
@@ -57,6 +62,7 @@ class Conversation:
             if answer is None:
                 # An unpatched peer would take it for a second request; it is asked once.
                 if self.told is not None or not self.ask.remote_hostname:
+                    log.debug("%s: no word from %s; saying it again", self.pull.name, self.name)
                     await self.link.send(message)
                 continue
             state = self._hear(answer)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import re
 from typing import Any
 
 import kv_ranks
@@ -20,7 +22,8 @@ DEAD = "tcp://127.0.0.1:1"
 
 
 @pytest.mark.parametrize("sizes", [(2, 1), (1, 2), (1, 1)], ids=str)
-def test_lost_and_doubled_messages_change_nothing(kv_host, sizes, monkeypatch) -> None:
+def test_lost_and_doubled_messages_change_nothing(kv_host, sizes, monkeypatch, kv_lines) -> None:
+    kv_lines.set_level(logging.DEBUG, logger="vllm")
     count = 0
 
     def losing(send: Any) -> Any:
@@ -50,6 +53,11 @@ def test_lost_and_doubled_messages_change_nothing(kv_host, sizes, monkeypatch) -
 
     asyncio.run(run())
     assert count > 20
+    ratio = "prefill TP {} -> decode TP {}, decode rank 0".format(*sizes)
+    again = rf"{ratio}, .*: no word from prefill rank \d at tcp://127\.0\.0\.1:\d+; saying it"
+    assert re.search(again, kv_lines.text)
+    sides = rf"prefill rank \d \(TP {sizes[0]}\) -> decode rank \d \(TP {sizes[1]}\)"
+    assert re.search(rf"{sides} of decode-engine, .*: asked again; answering", kv_lines.text)
 
 
 def test_an_engine_that_fails_is_asked_again(kv_host, kv_lines) -> None:
@@ -69,7 +77,9 @@ def test_an_engine_that_fails_is_asked_again(kv_host, kv_lines) -> None:
     assert "transfer engine returned -1; asking again (2 left)" in kv_lines.text
 
 
-def test_an_engine_that_goes_on_failing_fails_the_request_and_frees_both_sides(kv_host) -> None:
+def test_an_engine_that_goes_on_failing_fails_the_request_and_frees_both_sides(
+    kv_host, kv_lines
+) -> None:
     async def run() -> None:
         async with World(kv_host, 2, 1, retries=1) as world:
             world.prefill[0].engine.codes = [-1] * 9
@@ -81,6 +91,9 @@ def test_an_engine_that_goes_on_failing_fails_the_request_and_frees_both_sides(k
             assert not any(rank.worker.reqs_need_send for rank in world.prefill)
 
     asyncio.run(run())
+    named = "prefill rank 0 (TP 2) -> decode rank 0 (TP 1) of decode-engine, requests ['d1']: "
+    assert f"{named}given up by the decode rank so far" in kv_lines.text
+    assert f"{named}given up by the decode rank\n" in kv_lines.text
 
 
 def test_blocks_are_kept_while_a_push_that_stopped_may_go_on(kv_host, kv_lines) -> None:

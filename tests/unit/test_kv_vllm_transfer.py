@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import kv_ranks
 import pytest
@@ -121,7 +122,9 @@ def test_a_cached_beginning_and_blocks_behind_the_prompt_are_left_alone(kv_host)
     asyncio.run(run())
 
 
-def test_a_full_local_hit_frees_prefill_and_reports_nothing(kv_host) -> None:
+def test_a_full_local_hit_frees_prefill_and_reports_nothing(kv_host, kv_lines) -> None:
+    kv_lines.set_level(logging.DEBUG, logger="vllm")
+
     async def run() -> None:
         async with World(kv_host, 2, 1) as world:
             await world.prefilled(1, P_BLOCKS)
@@ -131,3 +134,5 @@ def test_a_full_local_hit_frees_prefill_and_reports_nothing(kv_host) -> None:
             assert world.untouched([])
 
     asyncio.run(run())
+    assert "prefill TP 2 -> decode TP 1, decode rank 0, from prefill server" in kv_lines.text
+    assert "finished; it needed no blocks" in kv_lines.text
