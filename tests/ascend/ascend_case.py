@@ -82,6 +82,11 @@ class Host:
             path = (str(ROOT), str(source), str(self._environment.folder / "acl"))
             self._variables["PYTHONPATH"] = os.pathsep.join(path)
 
+    @property
+    def python(self) -> Path:
+        """The environment's interpreter."""
+        return self._environment.python
+
     def run(self, code: str, *, patches: str, **variables: str) -> str:
         return self._environment.run(code, patches=patches, **self._variables, **variables)
 

@@ -1,8 +1,9 @@
 """Prefill and decode ranks of MooncakeConnectorV1 in one process, of the release that runs.
 
 Real are the release's modules: workers, receiving and sending threads, task trackers, messages
-over ZMQ on the loopback interface. Stubbed are the transfer engine, which copies between tensors of
-this process, the operators of the relayout, and what a rank asks of torch.distributed.
+over ZMQ on the loopback interface. Stubbed are the operators of the relayout, what a rank asks of
+torch.distributed, and the transfer engine, which copies between tensors of this process; with
+ASCEND_KV_ENGINE=tcp it is Mooncake's over TCP, and each rank needs a process of its own.
 
 Import it in an environment's process, after a platform.
 """
@@ -10,50 +11,22 @@ Import it in an environment's process, after a platform.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import importlib.util
 import socket
-import sys
 import time
-import types
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
+import ascend_kv_engine as ascend_kv_engine
 import torch
 
 LAYERS, BLOCKS, TOKENS, WIDTH = 3, 12, 4, 8
 HOST = "127.0.0.1"
 POISON = -7.0
+ROLES = ("kv_producer", "kv_consumer")
 
 
-class Engine:
-    """Mooncake's engine: reads of this process's memory. `codes` answers instead of reading."""
-
-    codes: ClassVar[list[int]] = []
-    reads = 0
-
-    def initialize(self, *_: Any) -> int:
-        return 0
-
-    def get_rpc_port(self) -> int:
-        return 1
-
-    def register_memory(self, *_: Any) -> int:
-        return 0
-
-    def batch_transfer_sync_read(self, _: str, local: list, remote: list, sizes: list) -> int:
-        Engine.reads += 1
-        if Engine.codes:
-            return Engine.codes.pop(0)
-        for target, source, size in zip(local, remote, sizes, strict=True):
-            ctypes.memmove(target, source, size)
-        return 0
-
-
-package, engine = types.ModuleType("mooncake"), types.ModuleType("mooncake.engine")
-engine.TransferEngine = Engine  # type: ignore[attr-defined]
-sys.modules.update({"mooncake": package, "mooncake.engine": engine})
 NAMES = (
     "vllm_ascend.distributed.kv_transfer.kv_p2p.mooncake_connector",
     "vllm_ascend.distributed.mooncake_connector",
@@ -120,6 +93,8 @@ class Pair:
     Args:
         says: The sizes that the configuration of decode names, where they are others.
         told: The sizes that the configuration of prefill names.
+        ports: The first one of prefill's ranks and of decode's, where they are elsewhere too.
+        only: The role and rank that are here; None: all are.
     """
 
     def __init__(
@@ -132,17 +107,25 @@ class Pair:
         says=None,
         told=None,
         tokens=TOKENS,
+        blocks=BLOCKS,
+        ports=None,
+        only=None,
         **extra,
     ) -> None:
         self.sizes, self.heads, self.extra = (prefill, decode), heads, extra
         self.says, self.told = says or self.sizes, told or self.sizes
         random = torch.Generator().manual_seed(seed)
-        shape = (2, LAYERS, BLOCKS, TOKENS, heads, WIDTH)
+        shape = (2, LAYERS, blocks, TOKENS, heads, WIDTH)
         self.model = torch.randn(shape, generator=random)
-        self.port = free_port(prefill)
-        self.prefill = [self._worker(r, prefill, "kv_producer", TOKENS) for r in range(prefill)]
-        other = free_port(decode)
-        self.decode = [self._worker(r, decode, "kv_consumer", tokens, other) for r in range(decode)]
+        self.port, other = ports or (free_port(prefill), 0)
+        here = {role: range(size) for role, size in zip(ROLES, self.sizes, strict=True)}
+        if only is not None:
+            here = {role: [only[1]] if role == only[0] else [] for role in ROLES}
+        first, second = (here[role] for role in ROLES)
+        self.ranks = second
+        self.prefill = [self._worker(r, prefill, ROLES[0], TOKENS) for r in first]
+        other = other or free_port(decode)
+        self.decode = [self._worker(r, decode, ROLES[1], tokens, other) for r in second]
 
     def _worker(self, rank: int, tp: int, role: str, tokens: int, port: int = 0) -> Any:
         producer = role == "kv_producer"
@@ -269,7 +252,7 @@ class Pair:
         And no other block was touched.
         """
         found = []
-        for rank, worker in enumerate(self.decode):
+        for rank, worker in zip(self.ranks, self.decode, strict=True):
             first, end = self._heads(rank, self.sizes[1])
             found.append(
                 all(

@@ -8,7 +8,8 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-from ascend_kv import NEWER, TOKENS, Engine, Pair, free_port, host
+from ascend_kv import NEWER, TOKENS, Pair, free_port, host
+from ascend_kv_engine import Engine
 
 LOCAL, REMOTE = [3, 1, 5], [5, 6, 2]
 LINES: list[str] = []

@@ -6,6 +6,7 @@ import functools
 import json
 from typing import Any
 
+import _disaggregated
 from ascend_attention_runs import session_seed
 from ascend_case import BRANCHES, GENERATED, START, Host
 
@@ -25,6 +26,8 @@ def state():
     patches = {p["id"]: p for p in ascend_patch.status()["patches"]}
     return patches.get("kv_connector", {"state": "off"})["state"]
 """
+# Of a process with all cases, on a machine that has other things to do.
+SECONDS = 500
 # Threads of the release that wait for ever keep a process from ending.
 ENDING = """
 found = json.dumps(found)
@@ -43,10 +46,29 @@ def results(label: str, patches: str) -> dict[str, Any]:
     if patches == PATCH:
         code += "\nfound[0]['reverted'] = ascend_kv_cases.reverted(SEED)"
     code += ENDING
-    printed = host.run(names + OPENING + code, patches=patches)
+    return _found(host.run(names + OPENING + code, patches=patches, seconds=SECONDS), patches)
+
+
+def _found(printed: str, patches: str) -> dict[str, Any]:
     found, state = json.loads(printed.strip().splitlines()[-1])
     assert state == ("applied" if patches == PATCH else "off"), state
     return found
+
+
+@functools.cache
+def over_tcp(label: str, patches: str) -> dict[str, Any]:
+    """Each case's report, with a process for each rank, and Mooncake's own engine between them."""
+    host = Host(label)
+    engine = str(_disaggregated.engine_folder(host.python))
+    names = f"SEED = {session_seed()}\n" + START + (GENERATED if label in BRANCHES else "")
+    code = "import ascend_kv_processes\n"
+    code += f"found = [ascend_kv_processes.everything(SEED, {patches == PATCH}), state()]"
+    path = f"import sys\nsys.path.append({engine!r})\n"
+    given = {"ASCEND_KV_ENGINE": "tcp"}
+    printed = host.run(
+        path + names + OPENING + code + ENDING, patches=patches, seconds=SECONDS, **given
+    )
+    return _found(printed, patches)
 
 
 def both(label: str, name: str) -> tuple[Any, Any]:
