@@ -29,17 +29,20 @@ from ascend_patch._versions import Installed
 TESTED_PYTHONS = ((3, 10), (3, 12))
 PROBE_SECONDS = 300
 ENTRY_POINT = "ascend_patch"
+PLUGINS = "loading vLLM's plugins"
 # As in a server, plugins come before the modules of models.
 PROBE = """
 import importlib, json, vllm.plugins, ascend_patch
-failed = ""
-try:
-    vllm.plugins.load_general_plugins()
-except (Exception, SystemExit) as error:
-    failed = f"{{type(error).__name__}}: {{error}}"
+failed = {{}}
+def attempt(what, call, *given):
+    try:
+        call(*given)
+    except (Exception, SystemExit) as error:
+        failed[what] = f"{{type(error).__name__}}: {{error}}"
+attempt({plugins!r}, vllm.plugins.load_general_plugins)
 for name in {modules!r}:
-    importlib.import_module(name)
-print("\\n" + json.dumps({{**ascend_patch.status(), "plugins": failed}}))
+    attempt("importing " + name, importlib.import_module, name)
+print("\\n" + json.dumps({{**ascend_patch.status(), "failed": failed}}))
 """
 
 
@@ -178,7 +181,7 @@ def _applied(installed: Installed) -> Iterator[Finding]:
     )
     if not modules:
         return
-    code = PROBE.format(modules=modules)
+    code = PROBE.format(modules=modules, plugins=PLUGINS)
     value = os.environ.get(_selection.VARIABLE)
     environment = {**os.environ, _selection.VARIABLE: "all" if _selection.is_off(value) else value}
     environment.pop(_rundir.RUN_VARIABLE, None)
@@ -190,11 +193,14 @@ def _applied(installed: Installed) -> Iterator[Finding]:
             text=True,
             timeout=PROBE_SECONDS,
         )
-        found = json.loads(done.stdout.strip().splitlines()[-1])
-    except (OSError, ValueError, IndexError, subprocess.TimeoutExpired) as error:
-        yield Finding("wrong", "import", f"vLLM's modules could not be imported ({error})")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        yield Finding("wrong", "import", f"vLLM could not be imported ({error})")
         return
-    yield from _as_found(found)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        yield Finding("wrong", "import", f"vLLM could not be imported ({last})")
+        return
+    yield from _as_found(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 def _as_found(found: dict[str, Any]) -> Iterator[Finding]:
@@ -209,7 +215,9 @@ def _as_found(found: dict[str, Any]) -> Iterator[Finding]:
                 yield Finding(level, patch["id"], f"{target['id']}: {target['reason']}")
     for problem in found["problems"]:
         yield Finding("wrong", "import", problem)
-    if found["plugins"]:
-        yield Finding("wrong", "plugins", f"vLLM's plugins could not be loaded: {found['plugins']}")
+    for what, error in found["failed"].items():
+        # A module may need what this machine does without, as that of Mooncake does.
+        level = "wrong" if what == PLUGINS else "note"
+        yield Finding(level, "import", f"{what} failed: {error}")
     for peer in found["peers"]:
         yield Finding("note", "neighbour", f"{peer} is imported in that process")

@@ -78,16 +78,21 @@ def foreign(function: Any, *modules: str) -> str:
             wrapper = getattr(layer, "_self_wrapper", None)
             where = getattr(wrapper, "__module__", None) or type(layer).__module__
             if where.partition(".")[0] != "ascend_patch":
-                return f"a wrapt wrapper of {where}{_peers.from_distribution(where)}"
+                return f"a wrapt wrapper of {where}{_origin(where, wrapper)}"
         elif type(layer) is FunctionType:
             # functools.wraps copies __module__, but not the globals a function really has.
             where = layer.__globals__.get("__name__", "?")
             if where not in modules and where.partition(".")[0] not in home:
-                return f"{layer.__code__.co_name} of {where}{_peers.from_distribution(where)}"
+                return f"{layer.__code__.co_name} of {where}{_origin(where, layer)}"
         elif type(layer).__module__.partition(".")[0] not in (*home, *sys.builtin_module_names):
             where = type(layer).__module__
             return f"a {type(layer).__qualname__} of {where}{_peers.from_distribution(where)}"
     return ""
+
+
+def _origin(module: str, function: Any) -> str:
+    namespace = getattr(function, "__globals__", {})
+    return _peers.from_distribution(module, namespace.get("__file__"))
 
 
 def _is_proxy(function: Any) -> bool:

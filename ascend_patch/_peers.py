@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import PurePosixPath
+from urllib.parse import unquote, urlparse
 
 # Entry points through which a distribution runs code of its own in every vLLM process.
 PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")
@@ -72,7 +74,7 @@ PEERS = (
     Peer(
         "liger-kernel",
         ("liger_kernel",),
-        "0.8.5",
+        "0.8.4",
         "it replaces functions of transformers; vLLM's own models do not call them, those of "
         "--model-impl transformers do, and no patch changes those",
         fine=True,
@@ -94,6 +96,7 @@ PEERS = (
 )
 
 
+@functools.cache
 def version(distribution: str) -> str:
     """The installed version; empty if it is not installed."""
     try:
@@ -133,20 +136,29 @@ def plugins() -> Iterator[tuple[str, str]]:
 
 
 @functools.cache
-def from_distribution(module: str) -> str:
-    """` (distribution version)` of an imported module; empty where no distribution has its file."""
+def from_distribution(module: str, file: str | None = None) -> str:
+    """` (distribution version)` of an imported module; empty where its file is of none.
+
+    Args:
+        file: Where it was read from; another module may have taken its name since.
+    """
+    file = file or getattr(sys.modules.get(module), "__file__", None)
+    if file is None:
+        return ""
     names = metadata.packages_distributions().get(module.partition(".")[0], ())
-    for name in dict.fromkeys(names):
-        # A namespace package, as `opentelemetry` is, belongs to many.
-        if len(set(names)) == 1 or _has(name, module):
-            return _in_brackets(name)
-    return ""
+    # A namespace package, as `opentelemetry` is, belongs to many.
+    return next((_in_brackets(name) for name in dict.fromkeys(names) if _has(name, file)), "")
 
 
-def _has(distribution: str, module: str) -> bool:
-    path = PurePosixPath(*module.split("."))
-    wanted = {str(path.with_suffix(".py")), str(path / "__init__.py")}
-    return any(str(file) in wanted for file in metadata.files(distribution) or ())
+def _has(distribution: str, file: str) -> bool:
+    found = metadata.distribution(distribution)
+    name, real = os.path.basename(file), os.path.realpath(file)
+    origin = json.loads(found.read_text("direct_url.json") or "{}")
+    if origin.get("dir_info", {}).get("editable"):
+        folder = unquote(urlparse(origin.get("url", "")).path)
+        return bool(folder) and real.startswith(os.path.realpath(folder) + os.sep)
+    files = (entry for entry in found.files or () if entry.name == name)
+    return any(os.path.realpath(str(entry.locate())) == real for entry in files)
 
 
 def _in_brackets(distribution: str) -> str:

@@ -163,7 +163,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         return int(wrong)
     for finding in findings:
         head = f"{_colour(finding.level)} {' ' * (5 - len(finding.level))} {finding.about:<16} "
-        lines = textwrap.wrap(finding.text, COLUMNS - 24) or [""]
+        lines = textwrap.wrap(finding.text, COLUMNS - 24, break_long_words=False) or [""]
         print(head + ("\n" + " " * 24).join(lines))
     print("\nsomething is wrong: see above" if wrong else "\nnothing is wrong")
     return int(wrong)
