@@ -33,7 +33,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         default=_env.DEFAULT,
         help="%(default)s",
     )
-    parser.add_argument("--rounds", type=int, default=40, help="of the comparison (40)")
+    parser.add_argument("--rounds", type=int, default=20, help="of the comparison (20)")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
     parser.add_argument("--out", type=Path, help="the report's file, such as docs/soak.md")
     return parser.parse_args(arguments)

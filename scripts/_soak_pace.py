@@ -8,7 +8,7 @@ from statistics import median, quantiles
 
 from _server import Server
 
-TOKENS = 128
+TOKENS = 64
 PROMPT = "The people know how to make"
 
 

@@ -31,10 +31,12 @@ CANARIES = ("The people know how to make", "one two three four five six seven")
 GENERATED, READ = "vllm:generation_tokens_total", "vllm:prompt_tokens_total"
 RUNNING, WAITING = "vllm:num_requests_running", "vllm:num_requests_waiting"
 # Few blocks, so that each is soon used: the cache's pages are resident from then on, and requests
-# are preempted.
+# are preempted. Small steps, since oneDNN keeps a kernel for each number of tokens that a step had:
+# with any number of them a server, patched or not, grows for minutes by what it keeps.
 ARGUMENTS = (
     *("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"),
     *("--num-gpu-blocks-override", "48", "--max-num-seqs", "16"),
+    *("--max-num-batched-tokens", "64"),
 )
 
 
