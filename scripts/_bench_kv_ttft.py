@@ -83,6 +83,9 @@ def main(argv: list[str]) -> int:
     except (SetupError, ServerError, ValueError) as error:
         print(f"scripts/bench kv ttft: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        say("stopped; what was measured whole is kept")
+        return 130
     return 0
 
 
