@@ -14,6 +14,7 @@ import torch
 
 from ascend_patch.impl import kv_ascend_checks as checks
 from ascend_patch.impl import kv_ascend_failures as failures
+from ascend_patch.impl import kv_ascend_kept as kept
 from ascend_patch.impl import kv_ascend_peers as peers
 from ascend_patch.impl import kv_ascend_sizes as sizes
 from ascend_patch.impl import kv_ascend_split as split
@@ -39,6 +40,7 @@ def transfer_kv_cache(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwarg
 def _transfer(wrapped: Wrapped, thread: Any, req_meta: dict[str, Any]) -> None:
     request = req_meta["request_id"]
     state = failures.of(thread)
+    peers.silence(thread).engine = req_meta["remote_engine_id"]
     pulls = thread.__dict__[split.NAME].pulls if split.NAME in thread.__dict__ else {}
     planned = pulls.pop((request, req_meta["remote_handshake_port"]), None)
     if state.failed(request):
@@ -56,10 +58,14 @@ def _attempts(wrapped: Wrapped, thread: Any, req_meta: dict[str, Any], planned: 
     while True:
         try:
             _set_device(thread)
+            if req_meta["local_block_ids"]:
+                kept.check(thread, req_meta["request_id"])
             if planned is None:
                 wrapped(req_meta)
             else:
                 split.read(thread, req_meta, *planned)
+            if req_meta["local_block_ids"]:
+                kept.check(thread, req_meta["request_id"])
             return
         except Exception as error:
             _forget(thread, req_meta)
@@ -99,7 +105,9 @@ def _forget(thread: Any, req_meta: dict[str, Any]) -> None:
 
 def finished_recving(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> set[str]:
     """KVCacheRecvingThread.get_and_clear_finished_requests: failed ones with their blocks."""
-    return failures.of(instance).release(wrapped(*args, **kwargs))
+    finished = failures.of(instance).release(wrapped(*args, **kwargs))
+    kept.forget(instance, finished)
+    return finished
 
 
 def register_kv_caches(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from ascend_patch.impl import kv_ascend_checks as checks
@@ -15,8 +18,51 @@ Wrapped = Callable[..., Any]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
+SILENCE = "ascend_patch_silence"
+LEAST_S, MOST_S = 5.0, 60.0
+LATER_MS = 60_000
 # Beside the fields of kv_handshake: decode.tp_size of a prefill server's own configuration.
 SAID_DECODE_TP = "decode_tp"
+
+
+@dataclass
+class Silence:
+    """Peers of a receiving thread that did not answer: they are not waited for at each pull.
+
+    Each wait keeps all other requests of the thread for three seconds.
+
+    Attributes:
+        engine: Whose pull the thread is at; a restarted server has another one at its old address.
+        asked: Who is asked: engine, host, port.
+        until: When they are asked again, and seconds from the last time to then.
+    """
+
+    engine: str = ""
+    asked: tuple[str, str, int] | None = None
+    until: dict[tuple[str, str, int], tuple[float, float]] = field(default_factory=dict)
+    context: Any = None
+
+    def ask(self, host: str, port: int) -> float:
+        """Someone is asked; seconds for which it is not to be waited for."""
+        self.asked = self.engine, host, port
+        return max(0.0, self.until.get(self.asked, (0.0, 0.0))[0] - time.monotonic())
+
+    def silent(self) -> None:
+        """Who was asked did not answer."""
+        if self.asked is not None:
+            wait = min(MOST_S, max(LEAST_S, 2 * self.until.get(self.asked, (0.0, 0.0))[1]))
+            self.until[self.asked] = time.monotonic() + wait, wait
+
+    def answered(self) -> None:
+        """Who was asked did."""
+        if self.asked is not None:
+            self.until.pop(self.asked, None)
+
+
+def silence(thread: Any) -> Silence:
+    """Of a receiving thread."""
+    found: Silence = thread.__dict__.setdefault(SILENCE, Silence())
+    return found
 
 
 def get_remote_metadata(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
@@ -24,11 +70,48 @@ def get_remote_metadata(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwa
 
     The release puts one back that had none; every later message on it fails.
     """
+    _get(wrapped, instance, *args, **kwargs)
+
+
+def _get(wrapped: Wrapped, thread: Any, remote_host: str, remote_handshake_port: int) -> None:
+    left = silence(thread).ask(remote_host, remote_handshake_port)
+    if left:
+        raise RuntimeError(f"it did not answer a while ago, and is asked again in {left:.0f} s")
     try:
-        wrapped(*args, **kwargs)
+        wrapped(remote_host, remote_handshake_port)
     except Exception:
-        _close(instance, *args, **kwargs)
+        _close(thread, remote_host, remote_handshake_port)
         raise
+
+
+def send_done_recv_signal(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
+    """KVCacheRecvingThread._send_done_recv_signal: who does not answer is told, and left alone."""
+    _done(wrapped, instance, *args, **kwargs)
+
+
+def _done(
+    wrapped: Wrapped,
+    thread: Any,
+    request_id: str,
+    remote_host: str,
+    remote_handshake_port: int,
+    remote_port_send_num: Any,
+) -> None:
+    found = silence(thread)
+    if not found.ask(remote_host, remote_handshake_port):
+        wrapped(request_id, remote_host, remote_handshake_port, remote_port_send_num)
+        return
+    import zmq
+
+    host = importlib.import_module(type(thread).__module__)
+    found.context = found.context or zmq.Context()
+    socket = found.context.socket(zmq.REQ)
+    # A rank that was only stopped for a while hears of it, and frees the blocks.
+    socket.setsockopt(zmq.LINGER, LATER_MS)
+    socket.connect(host.make_zmq_path("tcp", remote_host, remote_handshake_port))
+    message = (host.DONE_RECVING_MSG, request_id, remote_port_send_num)
+    socket.send(thread.encoder.encode(message))
+    socket.close()
 
 
 def _close(thread: Any, remote_host: str, remote_handshake_port: int) -> None:
@@ -47,7 +130,14 @@ def ensure_zmq_recv(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs)
     """
     bound = inspect.signature(wrapped).bind(*args, **kwargs)
     bound.arguments["poller"] = _Own(bound.arguments["socket"])
-    return wrapped(*bound.args, **bound.kwargs)
+    peers = threading.current_thread().__dict__.get(SILENCE, Silence())
+    try:
+        found = wrapped(*bound.args, **bound.kwargs)
+    except RuntimeError:
+        peers.silent()
+        raise
+    peers.answered()
+    return found
 
 
 class _Own:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ascend_patch.impl import kv_ascend_checks as checks
 from ascend_patch.impl import kv_ascend_failures as failures
+from ascend_patch.impl import kv_ascend_kept as kept
 from ascend_patch.impl import kv_ascend_sizes as sizes
 from ascend_patch.impl import kv_ascend_split as split
 from ascend_patch.impl.kv_vllm_wire import log
@@ -26,6 +27,7 @@ def start(worker: Any, metadata: Any) -> None:
         thread.task_tracker.add_req_to_process(request)
     if worker.kv_send_thread is None:
         metadata.reqs_in_batch = set()
+    kept.note(thread, metadata.requests)
     for request, meta in list(metadata.requests.items()):
         if _prefill_tp(worker, meta) < worker.tp_size:
             del metadata.requests[request]

@@ -20,6 +20,7 @@ def _targets(module: str, *more: str) -> tuple[Target, ...]:
     """
     receiving, sending = f"{module}:KVCacheRecvingThread", f"{module}:KVCacheSendingThread"
     worker = f"{module}:MooncakeConnectorWorker"
+    scheduler = f"{module}:MooncakeConnectorScheduler"
 
     def ours(symbol: str, replacement: str, *context: str) -> Target:
         return Target(symbol, "host", f"{OURS}{replacement}", context=context)
@@ -44,7 +45,11 @@ def _targets(module: str, *more: str) -> tuple[Target, ...]:
             "_peers:get_remote_metadata",
             f"{receiving}._get_remote_socket",
             f"{receiving}._return_remote_socket",
+        ),
+        ours(
             f"{receiving}._send_done_recv_signal",
+            "_peers:send_done_recv_signal",
+            f"{receiving}._send_done_signal_to_free_remote_port",
         ),
         ours(f"{module}:ensure_zmq_recv", "_peers:ensure_zmq_recv"),
         ours(
@@ -52,6 +57,16 @@ def _targets(module: str, *more: str) -> tuple[Target, ...]:
             "_peers:sending_init",
             f"{sending}.run_busy_loop",
             f"{module}:MooncakeAgentMetadata",
+        ),
+        ours(
+            f"{scheduler}.request_finished",
+            "_kept:request_finished",
+            f"{module}:KVCacheTaskTracker._retrieve_expired_requests",
+        ),
+        ours(
+            f"{scheduler}.build_connector_meta",
+            "_kept:build_connector_meta",
+            f"{scheduler}.update_state_after_alloc",
         ),
         ours(f"{worker}.__init__", "_sizes:worker_init"),
         ours(f"{worker}._get_prefill_decode_size", "_sizes:get_prefill_decode_size"),

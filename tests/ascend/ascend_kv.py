@@ -68,6 +68,7 @@ host.time = SimpleNamespace(
     sleep=lambda seconds: time.sleep(min(seconds, 0.05)),
 )
 host.get_ip = lambda: HOST
+host.init_ascend_config = lambda _: None
 host.is_vl_model = lambda _: False
 host.enable_custom_op = lambda: False
 host.get_ascend_config = lambda: SimpleNamespace(enable_kv_nz=False)
@@ -127,7 +128,8 @@ class Pair:
         other = other or free_port(decode)
         self.decode = [self._worker(r, decode, ROLES[1], tokens, other) for r in second]
 
-    def _worker(self, rank: int, tp: int, role: str, tokens: int, port: int = 0) -> Any:
+    def config(self, tp: int, role: str, tokens: int, port: int = 0) -> Any:
+        """What vLLM's configuration of a server is to the release."""
         producer = role == "kv_producer"
         given = dict(zip(("prefill", "decode"), self.told if producer else self.says, strict=True))
         extra = {name: {"tp_size": size, "dp_size": 1} for name, size in given.items()}
@@ -142,12 +144,13 @@ class Pair:
         text = SimpleNamespace(
             num_key_value_heads=self.heads, num_hidden_layers=LAYERS, head_dim=WIDTH
         )
-        config = SimpleNamespace(
+        return SimpleNamespace(
             kv_transfer_config=transfer,
             parallel_config=SimpleNamespace(
                 tensor_parallel_size=tp,
                 pipeline_parallel_size=1,
                 data_parallel_rank=0,
+                data_parallel_size=1,
                 data_parallel_rank_local=0,
                 data_parallel_size_local=1,
                 prefill_context_parallel_size=1,
@@ -160,6 +163,9 @@ class Pair:
             speculative_config=None,
             scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=True),
         )
+
+    def _worker(self, rank: int, tp: int, role: str, tokens: int, port: int = 0) -> Any:
+        config, producer = self.config(tp, role, tokens, port), role == "kv_producer"
         host.get_tensor_model_parallel_rank = lambda: rank
         host.get_tensor_model_parallel_world_size = lambda: tp
         each = (*self._heads(rank, tp),)
@@ -263,6 +269,16 @@ class Pair:
                 )
             )
         return found
+
+
+def scheduler(pair: Pair, role: str) -> Any:
+    """The scheduler's side of a server of a pair."""
+    more = ()
+    if hasattr(host, "SupportsHMA"):
+        caches = {"layers.0": (torch.zeros(BLOCKS, TOKENS, 1, WIDTH),)}
+        more = (_groups(caches, TOKENS),)
+    config = pair.config(pair.sizes[ROLES.index(role)], role, TOKENS)
+    return host.MooncakeConnectorScheduler(config, f"{role}-{pair.port}", *more)
 
 
 def _groups(caches: dict, tokens: int) -> Any:

@@ -3,40 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from types import SimpleNamespace
 from typing import Any
 
-from ascend_kv import NEWER, TOKENS, Pair, free_port, host
+import ascend_kv_split as split
+from ascend_kv import HOST, NEWER, ROLES, TOKENS, Pair, free_port, host, scheduler
 from ascend_kv_engine import Engine
-
-LOCAL, REMOTE = [3, 1, 5], [5, 6, 2]
-LINES: list[str] = []
-
-
-class _Lines(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        LINES.append(record.getMessage())
-
-
-logging.getLogger("vllm.ascend_patch.kv").addHandler(_Lines())
-
-
-def pulled(pair: Pair, request: str, **given: Any) -> dict:
-    """A request of `pair`: what both sides heard, what is in the cache, and what was logged."""
-    del LINES[:]
-    pair.offer(request)
-    try:
-        heard: Any = pair.pull(request, LOCAL, REMOTE, **given)
-    except Exception as error:
-        return {"raised": type(error).__name__}
-    return {
-        "heard": heard,
-        "right": pair.right(LOCAL, REMOTE),
-        "freed": pair.freed(request, 2.0),
-        "lines": list(LINES),
-    }
+from ascend_kv_pulled import LINES, LOCAL, REMOTE, pulled
 
 
 def ratios(seed: int) -> dict:
@@ -45,70 +19,6 @@ def ratios(seed: int) -> dict:
     return {
         f"{p} -> {d}, {heads} heads": pulled(Pair(p, d, heads, seed=seed), "one")
         for p, d, heads in cases
-    }
-
-
-# Prefill TP, decode TP, KV heads: cut, replicated on one side or both, and cut across ranks.
-SPLITS = (
-    (1, 2, 2), (1, 2, 4), (1, 4, 4), (2, 4, 4), (2, 4, 8), (1, 2, 1), (2, 4, 1), (2, 4, 2),
-    (1, 4, 2), (2, 8, 4), (2, 3, 6),
-)  # fmt: skip
-
-
-def splits(seed: int) -> dict:
-    """More decode ranks than prefill ranks."""
-    return {
-        f"{p} -> {d}, {heads} heads": pulled(Pair(p, d, heads, seed=seed), "one")
-        for p, d, heads in SPLITS
-    }
-
-
-def starts(seed: int) -> str:
-    """What the release's worker says to more decode ranks than prefill ranks."""
-    try:
-        Pair(1, 2, 2, seed=seed)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def split_readers(seed: int) -> dict:
-    """Decode ranks that read one after the other; then a request whose blocks decode has."""
-    pair = Pair(2, 4, 4, seed=seed)
-    pair.offer("one")
-    heard, freed = [], []
-    for worker in pair.decode:
-        worker.start_load_kv(pair.metadata("one", LOCAL, REMOTE))
-        heard.append(pair.heard(worker, "one"))
-        freed.append(pair.freed("one", 0.4))
-    found = {"heard": heard, "freed": freed, "right": pair.right(LOCAL, REMOTE)}
-    pair.offer("cached")
-    cached = pair.pull("cached", [], REMOTE)
-    return {"one": found, "cached": {"heard": cached, "freed": pair.freed("cached", 2.0)}}
-
-
-def split_fails(seed: int) -> dict:
-    """The engine fails for the first decode rank that reads, once; then for good."""
-    pair = Pair(1, 2, 2, seed=seed)
-    Engine.codes = [-1]
-    again = pulled(pair, "one")
-    Engine.codes = [-1] * 3
-    pair = Pair(1, 2, 2, seed=seed, pull_retries=2)
-    pair.offer("two")
-    heard = []
-    for worker in pair.decode:
-        worker.start_load_kv(pair.metadata("two", LOCAL, REMOTE))
-        heard.append(pair.heard(worker, "two"))
-    Engine.codes = []
-    return {"again": again, "heard": heard, "freed": pair.freed("two", 2.0)}
-
-
-def split_refused(seed: int) -> dict:
-    """Prefill has told its ranks of other sizes; decode has blocks of other sizes."""
-    return {
-        "would not wait": pulled(Pair(2, 4, 1, seed=seed, told=(2, 1)), "one"),
-        "other blocks": pulled(Pair(1, 2, 2, seed=seed, tokens=2 * TOKENS), "one"),
-        "3 heads": pulled(Pair(1, 2, 3, seed=seed), "one"),
     }
 
 
@@ -157,6 +67,62 @@ def silent_peers(seed: int) -> dict:
     worker.start_load_kv(pair.metadata("three", LOCAL, REMOTE))
     found["three"] = pair.heard(worker, "three", 12.0)
     found["right"] = pair.right(LOCAL, REMOTE)
+    return found
+
+
+def often(seed: int) -> list:
+    """Seconds for each of two requests of a prefill rank that does not answer."""
+    pair, port, found = Pair(1, 1, 2, seed=seed), free_port(1), []
+    worker = pair.decode[0]
+    for number in range(2):
+        began = time.monotonic()
+        worker.start_load_kv(pair.metadata(f"often {number}", LOCAL, REMOTE, port))
+        heard = pair.heard(worker, f"often {number}", 12.0)
+        worker.kv_recv_thread.request_queue.join()
+        # What a thread says to prefill when a request has ended.
+        pair.offer("next")
+        worker.start_load_kv(pair.metadata("next", LOCAL, REMOTE))
+        pair.heard(worker, "next", 12.0)
+        found.append((heard["done"], heard["invalid"], time.monotonic() - began))
+    return found
+
+
+def waited(seed: int) -> dict:
+    """A request that has waited in decode's queue for a time, with prefill's blocks kept for it."""
+    pair = Pair(1, 1, 2, seed=seed)
+    first, second = (scheduler(pair, role) for role in ROLES)
+    wrap = (lambda blocks: (blocks,)) if hasattr(host, "SupportsHMA") else (lambda b: b)
+    asked = SimpleNamespace(
+        request_id="one",
+        status=host.RequestStatus.FINISHED_LENGTH_CAPPED,
+        kv_transfer_params={"do_remote_decode": True},
+        prompt_token_ids=[1] * 3 * TOKENS,
+        output_token_ids=[1],
+    )
+    found: dict = {}
+    for name, seconds in (("soon", 0.0), ("late", 470.0), ("later", 490.0)):
+        asked.request_id = name
+        _, given = first.request_finished(asked, wrap(REMOTE))
+        given["remote_host"] = HOST
+        told = {key: value for key, value in given.items() if key.startswith("ascend_patch")}
+        blocks = SimpleNamespace(
+            get_unhashed_block_ids=lambda: LOCAL,
+            get_unhashed_block_ids_all_groups=lambda: wrap(LOCAL),
+        )
+        request = SimpleNamespace(
+            request_id=name, kv_transfer_params=given, arrival_time=time.time() - seconds
+        )
+        second.update_state_after_alloc(request, blocks, 3 * TOKENS)
+        pair.offer(name)
+        del LINES[:]
+        pair.decode[0].start_load_kv(second.build_connector_meta(None))
+        heard = pair.heard(pair.decode[0], name)
+        found[name] = {
+            "heard": [heard],
+            "freed": pair.freed(name, 2.0),
+            "lines": list(LINES),
+            "told": told,
+        }
     return found
 
 
@@ -246,13 +212,15 @@ def everything(seed: int, patched: bool) -> dict[str, Any]:
         "prefill is larger": None if NEWER else prefill_is_larger(seed),
         "other blocks": other_blocks(seed),
         "silent peers": silent_peers(seed),
+        "often": often(seed) if patched else None,
+        "waited": waited(seed),
         "quick": quick(seed),
         "settings": settings(seed),
-        "starts": starts(seed) if not patched else None,
-        "splits": splits(seed) if patched else None,
-        "split readers": split_readers(seed) if patched else None,
-        "split fails": split_fails(seed) if patched else None,
-        "split refused": split_refused(seed) if patched else None,
+        "starts": split.starts(seed) if not patched else None,
+        "splits": split.splits(seed) if patched else None,
+        "split readers": split.split_readers(seed) if patched else None,
+        "split fails": split.split_fails(seed) if patched else None,
+        "split refused": split.split_refused(seed) if patched else None,
         "runner": None if NEWER else runner(),
         "choices": choices() if patched else None,
     }

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from ascend_kv import ROLES, Pair, free_port
-from ascend_kv_cases import LINES
+from ascend_kv_pulled import LINES, LOCAL, REMOTE
 
-LOCAL, REMOTE = [3, 1, 5], [5, 6, 2]
 SECONDS = 60.0
 
 
@@ -160,6 +159,7 @@ def dead(seed: int, number: int) -> dict:
         found = {"first": first, "heard": heard}
         if number == signal.SIGSTOP:
             os.kill(ranks.prefill[0].pid, signal.SIGCONT)
+            found["freed"] = ranks.each(ranks.prefill, "freed", "two", 8.0)
             found["next"] = ranks.moved("three", LOCAL, REMOTE)
         return found
 

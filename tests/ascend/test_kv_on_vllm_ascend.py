@@ -191,6 +191,29 @@ def test_settings_that_make_no_sense_end_the_start(release):
 
 
 @each_release
+def test_who_does_not_answer_is_not_waited_for_each_time(release):
+    """Three seconds and a bit for the first one; two are for what may still be written."""
+    found = results(release, PATCH)["often"]
+    print(found)
+    assert [(done, invalid) for done, invalid, _ in found] == [(True, LOCAL)] * 2
+    assert found[0][2] > 5
+    assert found[1][2] < 4.5
+
+
+@each_release
+def test_a_request_that_waited_until_prefill_gave_its_blocks_away(release):
+    stock, ours = both(release, "waited")
+    for name in ("soon", "late", "later"):
+        assert said(stock[name]) == [(True, [])]
+        assert said(ours[name]) == [(True, [] if name == "soon" else LOCAL)]
+        assert ours[name]["freed"] == [1]
+        assert stock[name]["told"] == {}
+        assert ours[name]["told"] == {"ascend_patch_keeps_s": 480.0}
+    assert "ended 14 s ago, and they may be another's" in ours["late"]["lines"][0]
+    assert "ended 34 s ago, and they may be another's" in ours["later"]["lines"][0]
+
+
+@each_release
 def test_undo(release):
     found = results(release, PATCH)["reverted"]
     assert said(found) == [(True, [])]

@@ -72,4 +72,6 @@ def test_a_prefill_rank_that_ends_or_stops(release, fault):
     # A read of a rank that has stopped is the engine's own to end.
     assert max(invalid(found["heard"])) < (20 if fault == "killed" else 55)
     if fault == "stopped":
+        # What it was told in the meantime it hears when it goes on.
+        assert found["freed"] == [[1]]
         assert moved(found["next"], 2)

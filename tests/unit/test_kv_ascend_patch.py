@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ascend_patch.impl import kv_ascend, kv_settings
 from ascend_patch.impl import kv_ascend_checks as checks
 from ascend_patch.impl import kv_ascend_failures as failures
-from ascend_patch.impl import kv_ascend_split as split
-from ascend_patch.kernels.kv_layout import LayerGroup, Refusal, Side
+from ascend_patch.kernels.kv_layout import LayerGroup, Side
 
 
 def side(tp: int, heads: int, **given) -> Side:
@@ -132,103 +129,3 @@ def test_what_is_the_releases_own_has_no_side():
     assert checks.side_of(split, caches(shape, shape), tp=2, pp=1) is None
     mixed = caches(shape, shape) | {"mamba": (torch.empty(3, 5), torch.empty(3, 7))}
     assert checks.side_of(config(), mixed, tp=2, pp=1) is None
-
-
-@pytest.mark.parametrize(
-    ("tp", "heads", "said", "waits"),
-    [
-        # Without the shim prefill names at most its own size.
-        (1, 8, None, True),
-        (2, 8, None, True),
-        (2, 1, None, False),
-        (4, 8, None, False),
-        (4, 8, 3, False),
-        (4, 8, 2, True),
-        (4, 2, 2, False),
-        (4, 2, 4, True),
-        (4, 2, 8, True),
-    ],
-)
-def test_which_prefill_servers_keep_what_several_decode_ranks_read(tp, heads, said, waits):
-    assert split.all_wait(side(tp, heads), said) is waits
-
-
-def test_each_prefill_rank_has_readers_where_decode_has_more():
-    sizes = (1, 2, 3, 4, 6, 8, 12, 16)
-    seen = 0
-    for prefill, decode, heads, pp in itertools.product(sizes, sizes, sizes, (1, 2)):
-        if prefill >= decode:
-            continue
-        given = checks.peer_side(side(decode, heads), tp=prefill, pp=pp, partition=None)
-        for turn in range(3):
-            found = split.planned(given, side(decode, heads), turn)
-            if isinstance(found, Refusal):
-                continue
-            seen += 1
-            counts = split.readers(found)
-            assert min(counts) >= 1
-            assert sum(counts) == sum(len(found.sources(rank)) for rank in range(decode))
-    assert seen > 500
-
-
-@pytest.mark.parametrize(
-    ("told", "says"),
-    [
-        (None, "needs ascend-patch on both sides"),
-        ((side(4, 8), None), "says None, and some of its ranks would not wait; set it to 8"),
-        ((side(4, 8), 3), "says 3, and some of its ranks would not wait; set it to 8"),
-        ((side(2, 8), 8), "the prefill server has TP 2 and stages of (2,) layers"),
-        ((side(4, 8, pp=2), 8), "stages of (1, 1) layers, and decode was told 4 and (2,)"),
-        ((side(4, 8), 8), None),
-        ((side(4, 8), 2), None),
-    ],
-)
-def test_a_prefill_server_must_be_what_the_plan_is_for(told, says):
-    plan = split.planned(side(4, 8), side(8, 8), 0)
-    found = split._does_not_fit(told, plan)
-    assert (found is None) == (says is None), found
-    if found is not None:
-        assert says in found
-        assert found.startswith("prefill TP 4 -> decode TP 8")
-
-
-def test_what_raises_in_a_pull_is_a_failure():
-    """Whatever it is: nothing that ours does may leave a pull as if it were done."""
-    thread = SimpleNamespace()  # it has no settings
-    pull = {"request_id": "one", "local_block_ids": [3], "remote_handshake_port": 1}
-    with pytest.raises(AttributeError):
-        kv_ascend.transfer_kv_cache(lambda _: None, thread, (pull,), {})
-    assert failures.of(thread).blocks == {"one": {3}}
-
-
-def test_the_receiving_thread_is_on_the_device_of_the_caches(monkeypatch):
-    """Laying out anew waits for the current device, and a thread begins with the first one."""
-    order = []
-    monkeypatch.setattr(torch, "npu", SimpleNamespace(set_device=order.append), raising=False)
-    cache = SimpleNamespace(device=torch.device("meta", 3))
-    thread = SimpleNamespace(kv_caches={"layer": (cache, cache)}, tp_rank=0, tp_size=1)
-    setattr(thread, kv_ascend.SETTINGS, kv_settings.Settings(0, 1.0))
-    pull = {"request_id": "one", "local_block_ids": [3], "remote_handshake_port": 1}
-    kv_ascend.transfer_kv_cache(lambda _: order.append("moved"), thread, (pull,), {})
-    assert order == ["moved"]
-    cache.device = SimpleNamespace(type="npu", index=3)
-    kv_ascend.transfer_kv_cache(lambda _: order.append("moved"), thread, (pull,), {})
-    assert order == ["moved", cache.device, "moved"]
-
-
-def test_an_engine_is_given_so_many_ranges_at_a_time():
-    seen = []
-
-    def take(session, local, remote, lengths):
-        seen.append((session, local, remote, lengths))
-        return -7 if 2500 in local else 0
-
-    engine = kv_ascend.InBatches(SimpleNamespace(batch_transfer_sync_read=take, other=5))
-    numbers = list(range(2048))
-    assert engine.batch_transfer_sync_read("s", numbers, numbers, numbers) == 0
-    assert [len(local) for _, local, _, _ in seen] == [1024, 1024]
-    assert [n for _, _, _, lengths in seen for n in lengths] == numbers
-    numbers = list(range(4000))
-    assert engine.batch_transfer_sync_read("s", numbers, numbers, numbers) == -7
-    assert len(seen) == 2 + 3
-    assert engine.other == 5
