@@ -52,9 +52,9 @@ PEERS = (
         "opentelemetry-distro",
         ("opentelemetry.instrumentation.auto_instrumentation",),
         "0.66b2",
-        "under opentelemetry-instrument its sitecustomize runs no other, ours included: install "
-        "ascend-patch, whose .pth file opens the door all the same, or start `ascend-patch run` "
-        "inside it",
+        "it has a sitecustomize, under opentelemetry-instrument, that runs no other, ours "
+        "included: install ascend-patch, whose .pth file opens the door all the same, or start "
+        "`ascend-patch run` inside it",
     ),
     Peer(
         "tapm-instrumentation-vllm",
