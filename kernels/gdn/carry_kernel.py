@@ -16,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ascend_patch.kernels.gdn.state_parts import first_state, slot_of
+
 
 @triton.jit(do_not_specialize=("tokens",))
 def carry_kernel(
@@ -66,19 +68,12 @@ def carry_kernel(
     rows = tl.arange(0, K)
     columns = part * COLUMNS + tl.arange(0, COLUMNS)
 
-    slot = sequence.to(tl.int64)
-    if INDEXED:
-        slot = tl.load(state_indices + sequence * indices_stride).to(tl.int64)
+    slot = slot_of(state_indices, sequence, indices_stride, INDEXED)
     place = head * K * V + rows[:, None] * STATE_K + columns[None, :] * STATE_V
-    kept = slot >= 0
-    state = tl.zeros([K, COLUMNS], dtype=tl.float32)
-    if INITIAL:
-        wanted = kept
-        if INDEXED:
-            wanted = kept & (tl.load(has_initial_state + sequence) != 0)
-        state += tl.load(initial + slot * initial_stride + place, mask=wanted, other=0.0).to(
-            tl.float32
-        )
+    state = first_state(
+        initial, has_initial_state, sequence, slot, place, initial_stride, K, COLUMNS, INDEXED,
+        INITIAL,
+    )  # fmt: skip
 
     for first in range(start, end, CHUNK):
         valid = first + i < end
@@ -109,4 +104,6 @@ def carry_kernel(
         chunk += 1
 
     if FINAL:
-        tl.store(final + slot * final_stride + place, state.to(final.dtype.element_ty), mask=kept)
+        tl.store(
+            final + slot * final_stride + place, state.to(final.dtype.element_ty), mask=slot >= 0
+        )
