@@ -7,6 +7,8 @@ time; two threads that count the same call at the same moment may lose one.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import mmap
 import threading
 from collections.abc import Callable
@@ -32,6 +34,9 @@ class Counters:
         """
         with open(path, "w+b") as file:
             file.truncate(BYTES)
+            # For as long as it is mapped here: that is how others see that this process runs.
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             cells = memoryview(mmap.mmap(file.fileno(), BYTES)).cast("Q")
         cells[:] = self._cells
         self._cells = cells
@@ -60,6 +65,21 @@ class Counters:
     def value(self, name: str) -> int:
         """How often `name` was counted."""
         return self._cells[self.slot(name)] if name in self.names else 0
+
+
+def is_mapped(path: Path) -> bool | None:
+    """Whether the process that made the file runs; None where that cannot be told.
+
+    A process id says less: it is used again, and in another container it is another process.
+    """
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False
 
 
 def read(path: Path, names: list[str]) -> dict[str, int]:

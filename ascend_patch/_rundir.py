@@ -9,6 +9,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from ascend_patch import _calls
+
 DIRECTORY_VARIABLE = "ASCEND_PATCHES_STATUS_DIR"
 RUN_VARIABLE = "ASCEND_PATCHES_RUN"
 KEEP_ENDED_RUNS = 1
@@ -69,20 +71,29 @@ def prune(root: Path, keep: int) -> None:
 
 
 def _has_ended(run: Path) -> bool:
-    found = owners(run)
+    found = status_files(run)
     if not found:
         return time.time() - _modified(run) > SECONDS_TO_START
-    return not any(is_alive(*owner) for owner in found)
+    return not any(is_running(file) for file in found)
 
 
-def owners(run: Path) -> list[tuple[int, int]]:
-    """(process id, start time) of each process of a run, from the names of its files."""
-    found = []
-    for path in run.glob("*.json"):
-        pid, _, started = path.stem.partition("-")
-        if pid.isdecimal() and started.isdecimal():
-            found.append((int(pid), int(started)))
-    return found
+def status_files(run: Path) -> list[Path]:
+    """The status files of a run, one a process."""
+    return [path for path in run.glob("*.json") if _owner(path) is not None]
+
+
+def is_running(file: Path) -> bool:
+    """Whether the process that wrote a status file still runs, here or in another container."""
+    mapped = _calls.is_mapped(file.with_suffix(".calls"))
+    if mapped is not None:
+        return mapped
+    owner = _owner(file)
+    return owner is not None and is_alive(*owner)
+
+
+def _owner(file: Path) -> tuple[int, int] | None:
+    pid, _, started = file.stem.partition("-")
+    return (int(pid), int(started)) if pid.isdecimal() and started.isdecimal() else None
 
 
 def file_stem() -> str:
@@ -101,7 +112,7 @@ def start_time(pid: int) -> int:
 
 
 def is_alive(pid: int, started: int) -> bool:
-    """Whether the process that wrote a file is still running."""
+    """Whether the process with this id is still the one that started then."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

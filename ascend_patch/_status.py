@@ -42,8 +42,7 @@ def _process(file: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         # Being replaced or removed right now; what it held is in the next reading.
         return None
-    pid, _, started = file.stem.partition("-")
-    process["alive"] = _rundir.is_alive(int(pid), int(started or 0))
+    process["alive"] = _rundir.is_running(file)
     calls = _calls.read(file.with_suffix(".calls"), process.get("counters", []))
     for patch in process["patches"]:
         for target in patch["targets"]:

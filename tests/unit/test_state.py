@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -243,6 +245,80 @@ def test_runs_without_a_living_process_are_pruned_and_others_kept(root):
 def test_a_process_id_that_was_used_again_is_not_the_old_process(root):
     make_run(root, "reused", f"{os.getpid()}-{_rundir.start_time(os.getpid()) + 1}")
     assert prune(root) == []
+
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from ascend_patch._calls import Counters
+counters = Counters()
+counters.share(Path(sys.argv[1]))
+if sys.argv[2:] and os.fork() == 0:
+    counters.reset()  # as the shim does in a forked child
+    print(os.getpid(), flush=True)
+elif not sys.argv[2:]:
+    print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+def hold(path: Path, *words: str) -> tuple[subprocess.Popen, int]:
+    """A process that has made the file, and the process that says so: itself, or its child."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path), *words], stdout=subprocess.PIPE, text=True
+    )
+    return child, int(child.stdout.readline())
+
+
+def test_a_run_of_another_container_is_kept_while_it_runs(root):
+    """There its process has an id that nobody has here, or somebody else."""
+    for name, pid in (("nobody", dead_pid()), ("somebody else", os.getpid())):
+        run = make_run(root, name, f"{pid}-1")
+        child, _ = hold(run / f"{pid}-1.calls")
+        try:
+            os.utime(run, (time.time() - 3600,) * 2)
+            assert prune(root) == [name]
+            assert _rundir.is_running(run / f"{pid}-1.json")
+        finally:
+            child.kill()
+            child.wait()
+        assert not _rundir.is_running(run / f"{pid}-1.json")
+        assert prune(root) == []
+
+
+def test_a_process_that_has_our_id_and_start_by_chance_keeps_no_run(root):
+    """After a reboot, or where the system does not tell when a process started."""
+    for stem in (_rundir.file_stem(), f"{os.getpid()}-0"):
+        run = make_run(root, "old", stem)
+        (run / f"{stem}.calls").write_bytes(bytes(8))
+        os.utime(run, (time.time() - 3600,) * 2)
+        assert prune(root) == []
+
+
+def test_a_forked_child_does_not_keep_its_parent_in_the_status(root):
+    run = make_run(root, "run", "1-1")
+    child, grandchild = hold(run / "1-1.calls", "fork")
+    try:
+        assert grandchild != child.pid
+        assert _rundir.is_running(run / "1-1.json")
+        child.kill()
+        child.wait()
+        assert not _rundir.is_running(run / "1-1.json")
+        os.kill(grandchild, 0)
+    finally:
+        os.kill(grandchild, signal.SIGKILL)
+        child.kill()
+        child.wait()
+
+
+def test_asking_twice_at_once_takes_nobody_for_running(root):
+    run = make_run(root, "run", "1-1")
+    path = run / "1-1.calls"
+    path.write_bytes(bytes(8))
+    with open(path, "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        assert _calls.is_mapped(path) is False
+    assert _calls.is_mapped(run / "2-2.calls") is None
 
 
 def test_a_zombie_is_not_alive(root):
