@@ -7,15 +7,18 @@ import importlib
 import sys
 import threading
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
+if TYPE_CHECKING:
+    import pytest
 
 MODULE = "vllm.distributed.kv_transfer.kv_connector.v1.mooncake.mooncake_connector"
 
 
 def connector(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Import the host's module, over a stub of Mooncake's engine where that is not installed."""
+    import pytest
+
     pytest.importorskip("vllm", reason="vLLM is not installed here")
     try:
         import mooncake.engine  # noqa: F401
@@ -37,6 +40,9 @@ class Engine:
         self.writing = threading.Event()
         self.calls = 0
         self.ranges = 0
+
+    def get_rpc_port(self) -> int:
+        return 1
 
     def batch_register_memory(self, addresses: list[int], lengths: list[int]) -> int:
         return 0

@@ -39,13 +39,13 @@ def side(tp: int, heads: int, layout: str) -> Side:
 def truth(heads: int, request: int, blocks: int) -> torch.Tensor:
     """What a request's cache holds: [layers, 2, blocks, tokens, heads, width], all different."""
     shape = (LAYERS, 2, blocks, TOKENS, heads, WIDTH)
-    return torch.arange(torch.Size(shape).numel()).view(shape).float() + 1e5 * request
+    return torch.arange(torch.Size(shape).numel()).view(shape).float() + 1e4 * request
 
 
 class Rank:
     """One rank: its caches, NHD views of them, and the host's worker."""
 
-    def __init__(self, host: Any, one: Side, rank: int, role: str) -> None:
+    def __init__(self, host: Any, one: Side, rank: int, role: str, engine: Any) -> None:
         self.host, self.side, self.number = host, one, rank
         self.heads = one.heads(one.groups[0], rank)
         shape = [2 * LAYERS, BLOCKS, TOKENS, self.heads.count, WIDTH]
@@ -53,17 +53,20 @@ class Rank:
             shape[2], shape[3] = shape[3], shape[2]
         cache = torch.full(shape, float("nan"))
         self.cache = cache.transpose(2, 3) if one.layout == "HND" else cache
-        self.engine = Engine()
+        self.engine = engine
         # Not the host's __del__, which ends threads that are not there.
         kind = type("Worker", (host.MooncakeConnectorWorker,), {"__del__": lambda _: None})
         self.worker = worker = kind.__new__(kind)
-        worker.engine, worker.hostname, worker.rpc_port = self.engine, "127.0.0.1", 1
+        worker.engine, worker.hostname = engine, "127.0.0.1"
+        worker.rpc_port = engine.get_rpc_port()
         worker.engine_id = PREFILL if role == "kv_producer" else "decode-engine"
         worker.tp_rank, worker.tp_size, worker.num_blocks = rank, one.tp, BLOCKS
         extra = types.SimpleNamespace(kv_connector_extra_config={"mooncake_protocol": "tcp"})
         worker.vllm_config = types.SimpleNamespace(kv_transfer_config=extra)
         worker.kv_caches_base_addr = [part.data_ptr() for part in cache]
         worker.block_len = cache[0, 0].nbytes
+        lengths = [part.nbytes for part in cache]
+        assert engine.batch_register_memory(worker.kv_caches_base_addr, lengths) == 0
         worker.reqs_need_send = {}
         worker.finished_sending_reqs, worker.finished_recving_reqs = set(), set()
         worker.is_kv_producer = role == "kv_producer"
@@ -101,6 +104,7 @@ class World:
         patched: tuple[bool, bool] = (True, True),
         timeout: float = 10,
         retries: int = 2,
+        engines: tuple[Callable[[], Any], Callable[[], Any]] = (Engine, Engine),
     ) -> None:
         import zmq.asyncio
 
@@ -110,8 +114,11 @@ class World:
             side(prefill_tp, heads, prefill_layout or layout),
             side(decode_tp, heads, layout),
         )
-        self.prefill = [Rank(host, prefill, r, "kv_producer") for r in range(prefill_tp)]
-        self.decode = [Rank(host, decode, r, "kv_consumer") for r in range(decode_tp)]
+        sides = (prefill, "kv_producer", engines[0]), (decode, "kv_consumer", engines[1])
+        self.prefill, self.decode = (
+            [Rank(host, one, rank, role, engine()) for rank in range(one.tp)]
+            for one, role, engine in sides
+        )
         self.executor = ThreadPoolExecutor(4)
         self.listening: list[Any] = []
         self.addresses: dict[int, str] = {}
@@ -165,6 +172,8 @@ class World:
             )
             setattr(worker, kv_vllm.SENDER, sender)
             worker._xfer_meta_decoder = kv_vllm_wire.ask_decoder()
+            blocks = worker._send_blocks
+            worker._send_blocks = lambda *args: kv_vllm.send_blocks(blocks, worker, args, {})
             theirs = worker.send_kv_to_decode
             worker.send_kv_to_decode = lambda *args: kv_vllm.send_kv_to_decode(
                 theirs, worker, args, {}
@@ -182,7 +191,8 @@ class World:
             task.cancel()
         await asyncio.gather(*self.listening, return_exceptions=True)
         for rank in self.prefill:
-            rank.engine.hold.set()
+            if isinstance(rank.engine, Engine):
+                rank.engine.hold.set()
         self.executor.shutdown()
         pending = [task for one in self.receivers for task in one._tasks]
         for task in pending:
