@@ -11,11 +11,11 @@ import csv
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import ascend_child
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -25,9 +25,6 @@ from ascend_patch.kernels.triton_device import has_triton  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 TABLE = HERE.parents[1] / "docs" / "ascend" / "gdn.csv"
-PYTHON = os.environ.get("ASCEND_TRITON_PYTHON", sys.executable)
-NEEDED = "triton-ascend 3.2.0 and ascendnpu-ir 1.2.0"
-PROBE = "import importlib.util as u; assert u.find_spec('ascendnpuir') and u.find_spec('triton')"
 # Root mean square; four roundings of operands and one of the result.
 LIMITS = {"float16": 4e-3, "bfloat16": 6e-3}
 L1, L0C = 512 * 1024, 128 * 1024
@@ -35,16 +32,7 @@ OURS = "ours"
 
 
 def results(*arguments: str, architecture: str = "Ascend910B3") -> dict:
-    """{"versions": of the compiler, "rows": {name: what gdn_ascend.py found}}."""
-    if subprocess.run([PYTHON, "-c", PROBE], capture_output=True).returncode:
-        pytest.skip(f"{NEEDED} are not installed for {PYTHON} (ASCEND_TRITON_PYTHON)")
-    path = os.pathsep.join((str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")))
-    environment = {**os.environ, "PYTHONPATH": path, "TRITON_ASCEND_ARCH": architecture}
-    environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-    script = [PYTHON, str(HERE / "gdn_ascend.py"), *arguments]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return ascend_child.found_by("gdn_ascend.py", *arguments, architecture=architecture)
 
 
 def committed(of: str = "", operator: str = chunk.OPERATOR) -> list[dict[str, str]]:
@@ -90,9 +78,7 @@ def test_every_shape_compiles_and_fits(architecture, part):
 
 @pytest.mark.slow
 def test_lowered_kernels_execute_on_x86(seed):
-    for tool in ("/usr/lib/llvm-19/bin/mlir-translate", "/usr/lib/llvm-19/bin/llc", "gcc"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is missing (Debian: mlir-19-tools, llvm-19, gcc)")
+    ascend_child.executable_here()
     found = results("execute", str(seed))["rows"]
     print(found)
     assert len(found) == 6
@@ -105,9 +91,7 @@ def test_lowered_kernels_execute_on_x86(seed):
 @pytest.mark.slow
 def test_the_score_is_as_the_table_has_it():
     found = results("score", "1x2048")
-    versions = {row["compiler"] for row in committed(OURS)}
-    if versions != {found["versions"]}:
-        pytest.skip(f"the committed table is of {versions}, here is {found['versions']}")
+    ascend_child.same_compiler(found, {row["compiler"] for row in committed(OURS)})
     table = {(row["case"], row["kernel"]): row for row in committed(OURS)}
     counted = 0
     for case, row in found["rows"].items():

@@ -6,42 +6,19 @@ No NPU and no CANN is needed, but an interpreter with triton-ascend: ASCEND_TRIT
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
+import ascend_child
 import pytest
 
 pytest.importorskip("torch", reason="torch is not installed")
 
-HERE = Path(__file__).resolve().parent
-PYTHON = os.environ.get("ASCEND_TRITON_PYTHON", sys.executable)
-PROBE = "import importlib.util as u; assert u.find_spec('ascendnpuir') and u.find_spec('triton')"
 UNIFIED_BUFFER = 192 * 1024
 
 pytestmark = pytest.mark.slow
 
 
 def rows(*arguments: str, architecture: str = "Ascend910B3") -> dict:
-    if subprocess.run([PYTHON, "-c", PROBE], capture_output=True).returncode:
-        needed = "triton-ascend 3.2.0 and ascendnpu-ir 1.2.0"
-        pytest.skip(f"{needed} are not installed for {PYTHON} (ASCEND_TRITON_PYTHON)")
-    path = os.pathsep.join((str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")))
-    environment = {**os.environ, "PYTHONPATH": path, "TRITON_ASCEND_ARCH": architecture}
-    environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-    script = [PYTHON, str(HERE / "gdn_conv_ascend.py"), *arguments]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])["rows"]
-
-
-def executable_here() -> None:
-    for tool in ("/usr/lib/llvm-19/bin/mlir-translate", "/usr/lib/llvm-19/bin/llc", "gcc"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is missing (Debian: mlir-19-tools, llvm-19, gcc)")
+    found = ascend_child.found_by("gdn_conv_ascend.py", *arguments, architecture=architecture)
+    return found["rows"]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +39,7 @@ def test_every_case_compiles_and_fits(architecture: str, part: str, count: int) 
 
 
 def test_lowered_kernels_execute_on_x86(seed: int) -> None:
-    executable_here()
+    ascend_child.executable_here()
     found = rows("execute", str(seed))
     print(found)
     assert len(found) == 18
@@ -72,7 +49,7 @@ def test_lowered_kernels_execute_on_x86(seed: int) -> None:
 
 def test_hardly_a_byte_is_moved_twice() -> None:
     """A chunk reads what lies before it once more, a program its weights."""
-    executable_here()
+    ascend_child.executable_here()
     found = rows("count")
     assert len(found) == 4
     for case, row in found.items():

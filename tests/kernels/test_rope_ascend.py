@@ -8,48 +8,21 @@ is committed as docs/ascend/rope.csv; `scripts/ascend_table` writes it.
 from __future__ import annotations
 
 import csv
-import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import ascend_child
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 HERE = Path(__file__).resolve().parent
 TABLE = HERE.parents[1] / "docs" / "ascend" / "rope.csv"
-PYTHON = os.environ.get("ASCEND_TRITON_PYTHON", sys.executable)
-NEEDED = "triton-ascend 3.2.0 and ascendnpu-ir 1.2.0"
-PROBE = (
-    "import importlib.util as u, os; s = u.find_spec('triton'); "
-    "assert u.find_spec('ascendnpuir'); "
-    "assert os.path.isdir(s.submodule_search_locations[0] + '/backends/ascend')"
-)
-ARCHITECTURES = ["Ascend910B1", "Ascend910B3", "Ascend910B4", "Ascend910_9391"]
 
 pytestmark = pytest.mark.slow
 
 
 def results(mode: str, architecture: str = "Ascend910B3", part: str = "") -> dict:
-    """{"versions": of the compiler, "rows": {operator and case: what rope_ascend.py found}}."""
-    if subprocess.run([PYTHON, "-c", PROBE], capture_output=True).returncode:
-        pytest.skip(f"{NEEDED} are not installed for {PYTHON} (ASCEND_TRITON_PYTHON)")
-    path = os.pathsep.join((str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")))
-    environment = {**os.environ, "PYTHONPATH": path, "TRITON_ASCEND_ARCH": architecture}
-    environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-    script = [PYTHON, str(HERE / "rope_ascend.py"), mode, part]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def executable_here() -> None:
-    for tool in ("/usr/lib/llvm-19/bin/mlir-translate", "/usr/lib/llvm-19/bin/llc", "gcc"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is missing (Debian: mlir-19-tools, llvm-19, gcc)")
+    return ascend_child.found_by("rope_ascend.py", mode, part, architecture=architecture)
 
 
 def committed() -> dict[str, dict[str, str]]:
@@ -58,12 +31,10 @@ def committed() -> dict[str, dict[str, str]]:
 
 
 def same_compiler(found: dict) -> None:
-    versions = {row["compiler"] for row in committed().values()}
-    if versions != {found["versions"]}:
-        pytest.skip(f"the committed table is of {versions}, here is {found['versions']}")
+    ascend_child.same_compiler(found, {row["compiler"] for row in committed().values()})
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ascend_child.ARCHITECTURES)
 def test_every_case_compiles_and_fits(architecture):
     """Inside the bound that kernels/rope/tiles.py works with, and as the table has it.
 
@@ -88,7 +59,7 @@ def test_every_case_compiles_and_fits(architecture):
 
 @pytest.mark.parametrize("part", ["D128r96", "mrope24-20-20", "D80r80-H16"])
 def test_bytes_are_as_the_table_has_them(part):
-    executable_here()
+    ascend_child.executable_here()
     found = results("count", part=part)
     same_compiler(found)
     fields = ("launches", "programs", "read", "written", "least")
@@ -113,7 +84,7 @@ def test_hardly_a_byte_is_moved_twice():
 
 
 def test_lowered_kernels_execute_on_x86():
-    executable_here()
+    ascend_child.executable_here()
     found = results("execute")["rows"]
     wrong = {case: error for case, error in found.items() if error}
     assert not wrong, "\n".join(f"{case}: {error}" for case, error in wrong.items())

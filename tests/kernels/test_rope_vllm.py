@@ -254,10 +254,10 @@ def test_compiled_is_eager_and_has_one_node(band, installations, config, name, s
 
 def test_a_revert_gives_the_originals_back(band, seed):
     from ascend_patch._registry import Symbol
-    from ascend_patch._seams import _owner
+    from ascend_patch._installation import owner_of
 
     def found():
-        pairs = {t.symbol: _owner(Symbol.parse(t.symbol)) for t in band.targets}
+        pairs = {t.symbol: owner_of(Symbol.parse(t.symbol)) for t in band.targets}
         return {symbol: vars(owner)[name] for symbol, (owner, name) in pairs.items()}
 
     with rope_vllm.patched(band):
