@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from ascend_patch import _bootstrap
 from ascend_patch._finder import Finder, Watch
+from ascend_patch._installation import Installation
 from ascend_patch._plan import Decision
 from ascend_patch._registry import NOTHING, ORIGINAL, REFERENCE, Target
-from ascend_patch._seams import Installation, make
+from ascend_patch._seams import make
 from ascend_patch._state import PatchState, ProcessState, TargetState
 
 if TYPE_CHECKING:

@@ -150,6 +150,19 @@ def from_distribution(module: str, file: str | None = None) -> str:
     return next((_in_brackets(name) for name in dict.fromkeys(names) if _has(name, file)), "")
 
 
+def distribution_of_file(file: str) -> str:
+    """The same of a file somewhere on sys.path."""
+    real = os.path.realpath(file)
+    for entry in sys.path:
+        root = os.path.realpath(entry or os.curdir) + os.sep
+        if real.startswith(root):
+            module = real.removeprefix(root).partition(os.sep)[0].removesuffix(".py")
+            found = from_distribution(module, real)
+            if found:
+                return found
+    return ""
+
+
 def _has(distribution: str, file: str) -> bool:
     found = metadata.distribution(distribution)
     name, real = os.path.basename(file), os.path.realpath(file)

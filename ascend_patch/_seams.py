@@ -9,76 +9,13 @@ from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ascend_patch import _layers, _peers
+from ascend_patch._installation import HIDDEN, MISSING, Installation, owner_of
+from ascend_patch._operator_seam import OperatorInstallation
 from ascend_patch._registry import Symbol, Target
-from ascend_patch._replacement import SeamError, Switch, around, guarded, load_replacement, verified
+from ascend_patch._replacement import SeamError, around
 
 if TYPE_CHECKING:
     from ascend_patch._verifier import PatchVerifier
-
-_MISSING = object()
-_HIDDEN = "; that is in force and ours does not run: leave one of the two out"
-
-
-class Installation:
-    """One target, changed. `revert` gives it back; `found` says what is there now."""
-
-    note = ""
-
-    def __init__(
-        self, target: Target, count: Callable[[], None], verifier: PatchVerifier | None = None
-    ) -> None:
-        self.target = target
-        self.switch = Switch()
-        self._count = count
-        self._verifier = verifier
-
-    def prepare(self) -> None:
-        """Look at the target and make ours; whatever has to be imported is imported here.
-
-        Raises:
-            SeamError: What is there is not what was planned. Nothing was changed.
-        """
-        raise NotImplementedError
-
-    def install(self) -> None:
-        """Put ours in place. It imports nothing, so that a lock may be held meanwhile.
-
-        Raises:
-            SeamError: What is there is not what `prepare` saw. Nothing was changed.
-        """
-        raise NotImplementedError
-
-    def in_place(self) -> bool:
-        """Whether ours is still what the target leads to, however wrapped."""
-        return False
-
-    def resume(self) -> bool:
-        """After a revert: switch ours on again if a foreign wrapper still holds it."""
-        return False
-
-    def make_way(self) -> None:
-        """The target has been executed again, and a new installation takes this one's place."""
-
-    def revert(self) -> None:
-        """Give the target back, also where somebody wrapped ours in the meantime."""
-        raise NotImplementedError
-
-    def found(self) -> str:
-        """Empty if what was installed is what is there; otherwise what is there, as a sentence."""
-        return ""
-
-    def hidden(self) -> bool:
-        """Whether something else has taken the place of what was installed, and ours does not run.
-
-        What calls ours in a way that cannot be seen passes for something else.
-        """
-        return False
-
-    def _plain(self, original: FunctionType) -> FunctionType:
-        if self._verifier is not None:
-            return verified(original, self.target, self.switch, self._count, self._verifier)
-        replacement = load_replacement(self.target.replacement)
-        return guarded(original, replacement, self.switch, self._count)
 
 
 class AttributeInstallation(Installation):
@@ -86,7 +23,7 @@ class AttributeInstallation(Installation):
 
     def prepare(self) -> None:
         symbol = self.target.place
-        self._owner, self._name = _owner(symbol)
+        self._owner, self._name = owner_of(symbol)
         self._had_own = self._name in vars(self._owner)
         self._raw = inspect.getattr_static(self._owner, self._name)
         foreign = self._foreign(self._raw)
@@ -109,8 +46,8 @@ class AttributeInstallation(Installation):
 
     def install(self) -> None:
         # An inherited attribute may have changed: the base class can be a target of the same patch.
-        own = vars(self._owner).get(self._name, _MISSING)
-        if own is not (self._raw if self._had_own else _MISSING):
+        own = vars(self._owner).get(self._name, MISSING)
+        if own is not (self._raw if self._had_own else MISSING):
             raise SeamError(f"{self.target.symbol} changed while it was being replaced")
         if self._holder is not None and self._holder.__wrapped__ is not self._core:
             raise SeamError(f"what {self.target.symbol} is wrapped in changed meanwhile")
@@ -129,7 +66,7 @@ class AttributeInstallation(Installation):
         if self._holder is not None and self._holder.__wrapped__ is self._ours:
             self._holder.__wrapped__ = self._core
         # Also where who had wrapped it took the wrapper off since.
-        if vars(self._owner).get(self._name, _MISSING) is self._ours:
+        if vars(self._owner).get(self._name, MISSING) is self._ours:
             if self._had_own:
                 setattr(self._owner, self._name, self._core)
             else:
@@ -146,7 +83,7 @@ class AttributeInstallation(Installation):
 
     def in_place(self) -> bool:
         try:
-            owner, name = _owner(self.target.place)
+            owner, name = owner_of(self.target.place)
         except (SeamError, KeyError):
             return False
         # After a reload or a second import the class of that name is another one.
@@ -163,7 +100,7 @@ class AttributeInstallation(Installation):
 
     def found(self) -> str:
         try:
-            owner, _ = _owner(self.target.place)
+            owner, _ = owner_of(self.target.place)
         except SeamError as error:
             return f"gone: {error}"
         current = inspect.getattr_static(owner, self._name)
@@ -171,15 +108,15 @@ class AttributeInstallation(Installation):
         if current is self._ours or (held and current is self._raw):
             return ""
         if owner is not self._owner:
-            return "" if held else f"{_instead_of(owner)} after we had applied{_HIDDEN}"
+            return "" if held else f"{_instead_of(owner)} after we had applied{HIDDEN}"
         other = self._foreign(current) or "the original"
         if held:
             return f"wrapped by {other}"
-        return f"replaced by {other} after we had applied{_HIDDEN}"
+        return f"replaced by {other} after we had applied{HIDDEN}"
 
     def hidden(self) -> bool:
         try:
-            owner, _ = _owner(self.target.place)
+            owner, _ = owner_of(self.target.place)
         except SeamError:
             return True
         return not _layers.holds(inspect.getattr_static(owner, self._name), self._ours)
@@ -203,50 +140,6 @@ class AttributeInstallation(Installation):
         return type(self._core)(ours) if type(self._core) in _layers.DESCRIPTORS else ours
 
 
-class OperatorInstallation(Installation):
-    """A registered operator, re-implemented under its own name and schema."""
-
-    _library: Any = None
-
-    def prepare(self) -> None:
-        import torch
-
-        namespace, _, name = self.target.operator.partition("::")
-        symbol = Symbol.parse(self.target.symbol)
-        owner, attribute = _owner(symbol)
-        if not hasattr(getattr(torch.ops, namespace), name):
-            raise SeamError(f"the operator {self.target.operator} is not registered")
-        if "allow_override" not in inspect.signature(torch.library.Library.impl).parameters:
-            raise SeamError(
-                f"torch {torch.__version__} cannot override an operator; 2.7 or later can"
-            )
-        original = inspect.unwrap(getattr(owner, attribute))
-        self._ours = self._plain(original)
-
-    def install(self) -> None:
-        import torch
-
-        namespace, _, name = self.target.operator.partition("::")
-        # Ours lives as long as this object: destroying the library uncovers the host's kernel.
-        self._library = torch.library.Library(namespace, "IMPL")
-        try:
-            # Its default differs between torch releases, so it is always given.
-            self._library.impl(name, self._ours, self.target.dispatch_key, allow_override=True)
-        except BaseException:
-            self.revert()
-            raise
-
-    def make_way(self) -> None:
-        # Two kernels of ours must not lie on each other: theirs is destroyed in any order.
-        self.revert()
-
-    def revert(self) -> None:
-        self.switch.on = False
-        library, self._library = self._library, None
-        if library is not None:
-            library._destroy()
-
-
 def make(
     target: Target, count: Callable[[], None], verifier: PatchVerifier | None = None
 ) -> Installation:
@@ -260,20 +153,6 @@ def _is_callable(raw: Any) -> bool:
         return True
     # A class keeps its identity: its methods are patched instead. A property is not called.
     return callable(raw) and not isinstance(raw, type)
-
-
-def _owner(symbol: Symbol) -> tuple[Any, str]:
-    owner: Any = sys.modules.get(symbol.module)
-    if owner is None:
-        raise SeamError(f"{symbol.module} is not imported")
-    *path, name = symbol.qualname.split(".")
-    for part in path:
-        owner = inspect.getattr_static(owner, part, _MISSING)
-        if owner is _MISSING:
-            raise SeamError(f"{symbol.module} has no {part}, which {symbol.qualname} is part of")
-    if inspect.getattr_static(owner, name, _MISSING) is _MISSING:
-        raise SeamError(f"{symbol.module} has no {symbol.qualname}")
-    return owner, name
 
 
 def _instead_of(owner: Any) -> str:

@@ -12,8 +12,9 @@ import rope_oracle as oracle
 import torch
 
 from ascend_patch import _plan, _registry, _versions
+from ascend_patch._installation import Installation
 from ascend_patch._registry import Band, Symbol
-from ascend_patch._seams import Installation, make
+from ascend_patch._seams import make
 
 ROPE = "vllm.model_executor.layers.rotary_embedding"
 ROWS = 512

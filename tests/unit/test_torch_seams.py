@@ -156,6 +156,25 @@ def test_the_host_can_register_again_after_a_revert(bench, operator):
     again._destroy()
 
 
+@pytest.mark.parametrize("operator", KEYS.values(), ids=KEYS, indirect=True)
+def test_an_operator_that_somebody_registers_after_us_is_hidden(bench, operator):
+    patch = bench.arm(operator)
+    assert bench.applier.check() == []
+    theirs = torch.library.Library("ap_ops", "IMPL")
+    theirs.impl("scale", lambda x: x * 5, operator.dispatch_key, allow_override=True)
+    torch.testing.assert_close(torch.ops.ap_ops.scale(torch.ones(1)), torch.full((1,), 5.0))
+    (said,) = bench.applier.check()
+    assert f"replaced by a kernel of {__file__}:" in said
+    assert said.endswith("that is in force and ours does not run: leave one of the two out")
+    assert patch.targets[0].state == "hidden"
+    theirs._destroy()
+    torch.testing.assert_close(torch.ops.ap_ops.scale(torch.ones(1)), torch.full((1,), 6.0))
+    assert bench.applier.check() == []
+    assert patch.targets[0].state == "applied"
+    bench.applier.revert("demo")
+    torch.testing.assert_close(torch.ops.ap_ops.scale(torch.ones(1)), torch.full((1,), 2.0))
+
+
 @pytest.mark.expects_failure
 @pytest.mark.parametrize(
     ("change", "reason"),
