@@ -43,10 +43,12 @@ def rows(common: Any, starts: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
         int64 [N], their rows.
     """
     lengths = np.diff(starts)
-    # A property that vLLM has under the second name, up to 0.19, waits for the device where a
-    # runner gave no number; every runner gives this one, in the field.
+    # vLLM's field, behind a property that waits for the device where a runner gave no number; and
+    # vllm-ascend's, whose class has both.
     fields = vars(common)
-    computed = fields.get("_num_computed_tokens_cpu", fields.get("num_computed_tokens_cpu"))
+    computed = fields.get("_num_computed_tokens_cpu")
+    if computed is None:
+        computed = fields.get("num_computed_tokens_cpu")
     if computed is None or computed.device.type != "cpu" or len(computed) < len(lengths):
         return np.empty(0, dtype=np.int64)
     return np.flatnonzero((lengths == 1) & (computed[: len(lengths)].numpy() == 0))
