@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from ascend_patch import _layers
 from ascend_patch._finder import Finder, Watch
 
 if TYPE_CHECKING:
@@ -28,6 +30,10 @@ DISPATCH = "ascend_patch.kernels.dispatch"
 KEY_VARIABLE = "ASCEND_PATCHES_KEY"
 # What a Ray worker must have when its interpreter starts; vLLM's own copy comes after that.
 CARRIED_PREFIX = "ASCEND_PATCHES"
+RAY_WITHOUT = "Ray's workers start without ASCEND_PATCHES"
+
+# What stands where, and what is lost if it does no more.
+_placed: dict[tuple[Any, str], tuple[Any, str]] = {}
 
 
 def install(finder: Finder, runtime: Runtime) -> None:
@@ -64,7 +70,7 @@ def key_compile_cache(envs: ModuleType, runtime: Runtime) -> None:
     def compute_hash() -> str:
         return f"{original()}-{runtime.digest}"
 
-    envs.compute_hash = compute_hash  # type: ignore[attr-defined]
+    _put(envs, "compute_hash", compute_hash, "the compile cache does not know what is patched")
 
 
 def tell_when_loaded(module: ModuleType, runtime: Runtime) -> None:
@@ -87,7 +93,8 @@ def tell_when_loaded(module: ModuleType, runtime: Runtime) -> None:
             loader.load_model = load_and_tell
         return loader
 
-    module.get_model_loader = get_model_loader  # type: ignore[attr-defined]
+    lost = "patches are neither tested nor looked at again when a model is loaded"
+    _put(module, "get_model_loader", get_model_loader, lost)
 
 
 def carry_to_ray(module: ModuleType) -> None:
@@ -100,7 +107,7 @@ def carry_to_ray(module: ModuleType) -> None:
         add_our_variables(ray_remote_kwargs.setdefault("runtime_env", {}))
         return original(self, placement_group, **ray_remote_kwargs)
 
-    executor._init_workers_ray = _init_workers_ray
+    _put(executor, "_init_workers_ray", _init_workers_ray, RAY_WITHOUT)
 
 
 def carry_to_ray_v2(module: ModuleType) -> None:
@@ -114,7 +121,23 @@ def carry_to_ray_v2(module: ModuleType) -> None:
         add_our_variables(runtime_env)
         return runtime_env
 
-    executor._build_runtime_env = _build_runtime_env
+    _put(executor, "_build_runtime_env", _build_runtime_env, RAY_WITHOUT)
+
+
+def _put(owner: Any, name: str, ours: Any, without: str) -> None:
+    setattr(owner, name, ours)
+    _placed[owner, name] = ours, without
+
+
+def lost() -> list[str]:
+    """Hooks that somebody has replaced since, as sentences; one that wraps ours keeps it."""
+    found = []
+    for (owner, name), (ours, without) in _placed.items():
+        current = inspect.getattr_static(owner, name, None)
+        if not _layers.holds(current, ours):
+            other = _layers.foreign(current, "vllm") or "something else"
+            found.append(f"our hook on {owner.__name__}.{name} was replaced by {other}: {without}")
+    return found
 
 
 def add_our_variables(runtime_env: dict[str, Any]) -> None:

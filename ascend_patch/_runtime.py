@@ -244,7 +244,11 @@ class Runtime:
         """The record of this process as plain data."""
         with self._lock:
             if self._applier is not None:
+                from ascend_patch import _hooks
+
                 self._applier.check()
+                problems = self.state.problems
+                problems += [lost for lost in _hooks.lost() if lost not in problems]
             return self.state.snapshot()
 
     def _known(self, patch_id: str) -> str:

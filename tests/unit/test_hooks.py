@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 
 import pytest
+import wrapt
 
 from ascend_patch import _hooks
 from ascend_patch._runtime import Refusal
@@ -69,6 +70,24 @@ def test_a_model_is_loaded_and_told_where_the_loader_allows_it(loader, told):
     _hooks.tell_when_loaded(module, found)
     assert module.get_model_loader(None).load_model(prefix="x") == "model x"
     assert times == ["model x"] * told
+
+
+def test_a_hook_that_somebody_replaces_is_named_and_one_that_is_wrapped_is_not(monkeypatch):
+    monkeypatch.setattr(_hooks, "_placed", {})
+    module = model_loader(Loader())
+    _hooks.tell_when_loaded(module, runtime(""))
+    ours = module.get_model_loader
+    assert _hooks.lost() == []
+    module.get_model_loader = wrapt.FunctionWrapper(ours, lambda f, _, a, k: f(*a, **k))
+    assert _hooks.lost() == []
+    module.get_model_loader = types.FunctionType(
+        (lambda config: None).__code__, {"__name__": "stranger.lib"}, "theirs"
+    )
+    (said,) = _hooks.lost()
+    assert said.startswith("our hook on vllm.model_executor.model_loader.get_model_loader was ")
+    assert "of stranger.lib: patches are neither tested nor looked at again" in said
+    module.get_model_loader = ours
+    assert _hooks.lost() == []
 
 
 def test_a_refusal_after_the_model_is_loaded_ends_the_process():
