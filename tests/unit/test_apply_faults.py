@@ -218,3 +218,29 @@ def test_a_patch_that_was_asked_for_by_name_is_missed_loudly(host):
     host.patches('patch("demo", target("vllm.ops:f"), versions="==2.0")')
     found = host.run("import vllm", ASCEND_PATCHES="demo")
     assert "WARNING: patch demo was asked for and is skipped: vllm 1.0 is outside" in found.err
+
+
+REPLACED = """
+import types
+import vllm.ops
+from vllm.model_executor.model_loader import get_model_loader
+def theirs(x):
+    return ["theirs"]
+vllm.ops.f = types.FunctionType(theirs.__code__, {"__name__": "stranger.lib"}, "theirs")
+get_model_loader().load_model()
+print("it serves", vllm.ops.f(1))
+"""
+
+
+@pytest.mark.parametrize("strict", ["0", "1"])
+def test_a_target_that_somebody_replaced_is_hidden_and_strict_refuses_it(host, strict):
+    host.patches('patch("demo", target("vllm.ops:f"))')
+    found = host.run(REPLACED, fails=True, ASCEND_PATCHES_STRICT=strict)
+    reason = "replaced by theirs of stranger.lib after we had applied; that is in force"
+    assert (found.code, found.out) == ((1, "") if strict == "1" else (0, "it serves ['theirs']\n"))
+    assert f"demo: vllm.ops:f is {reason}" in found.err
+    refused = "ASCEND_PATCHES_STRICT=1 and patch demo is hidden: vllm.ops:f is replaced by theirs"
+    assert (refused in found.err) is (strict == "1")
+    (patch,) = found.state["patches"]
+    assert patch["targets"][0]["state"] == "hidden"
+    assert patch["targets"][0]["reason"].startswith(reason)
