@@ -133,12 +133,8 @@ def register_kv_caches(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwar
 
 
 def _listen(worker: Any, thread: Any, side: Any, settings: kv_settings.Settings) -> None:
-    failures.of(thread)
-    setattr(thread, SETTINGS, settings)
+    prepare(thread, settings)
     setattr(worker, starts.SIDE, side)
-    caches = [cache for layer in worker.kv_caches.values() for cache in layer]
-    if caches[0].device.type != "npu":
-        thread.engine = InBatches(thread.engine)
     if side is None:
         return
     if split.counts_alike(thread, side):
@@ -148,6 +144,14 @@ def _listen(worker: Any, thread: Any, side: Any, settings: kv_settings.Settings)
     thread.decoder = peers.Decoder(
         type(thread), side, assumed_tp=assumed, assumed_pp=worker._prefill_pp_size
     )
+
+
+def prepare(thread: Any, settings: kv_settings.Settings) -> None:
+    """A receiving thread, before the first request."""
+    failures.of(thread)
+    setattr(thread, SETTINGS, settings)
+    if next(iter(thread.kv_caches.values()))[0].device.type != "npu":
+        thread.engine = InBatches(thread.engine)
 
 
 class InBatches:

@@ -25,6 +25,7 @@ class Failures:
     settled: dict[str, float] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)
     invalid: set[int] = field(default_factory=set)
+    ended: set[str] = field(default_factory=set)
 
     def add(self, request: str, blocks: Any, *, settle_s: float = SETTLE_S) -> None:
         """A pull of a request failed; `settle_s` is how long something may still be written."""
@@ -50,12 +51,21 @@ class Failures:
                 self.invalid |= self.blocks.pop(request)
                 del self.settled[request]
             self.held -= due
+            self.ended |= due
             return (finished - self.held) | due
 
     def take_invalid(self) -> set[int]:
         """Blocks that were not loaded, each reported once."""
         with self.lock:
             found, self.invalid = self.invalid, set()
+            self.ended.clear()
+            return found
+
+    def take_ended(self) -> set[str]:
+        """The same as requests, where blocks cannot be reported."""
+        with self.lock:
+            found, self.ended = self.ended, set()
+            self.invalid.clear()
             return found
 
 

@@ -1,6 +1,6 @@
 """vllm-ascend's MooncakeConnectorV1: for how long prefill keeps a request's blocks.
 
-Prefill frees blocks that nobody has read for VLLM_NIXL_ABORT_REQUEST_TIMEOUT (0.13) or
+Prefill frees blocks that nobody has read for VLLM_NIXL_ABORT_REQUEST_TIMEOUT (to 0.13) or
 VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT (0.18) seconds. The release's decode side knows nothing of it: a
 request that waited longer in its queue is read all the same, and what is there is another's. A
 prefill server with the shim says how long; of another one decode's own setting is taken.
@@ -81,6 +81,6 @@ def check(thread: Any, request: str) -> None:
     if late is not None and late > 0:
         raise TimeoutError(
             f"prefill keeps a request's blocks for a while, which ended {late:.0f} s ago, and they "
-            f"may be another's; raise {NEWER} ({OLDER} in 0.13) of both servers, or send fewer "
+            f"may be another's; raise {NEWER} ({OLDER} to 0.13) of both servers, or send fewer "
             "requests at a time"
         )

@@ -80,26 +80,27 @@ def _get(wrapped: Wrapped, thread: Any, remote_host: str, remote_handshake_port:
     try:
         wrapped(remote_host, remote_handshake_port)
     except Exception:
-        _close(thread, remote_host, remote_handshake_port)
+        close(thread, remote_host, remote_handshake_port)
         raise
 
 
 def send_done_recv_signal(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
     """KVCacheRecvingThread._send_done_recv_signal: who does not answer is told, and left alone."""
-    _done(wrapped, instance, *args, **kwargs)
+    done(wrapped, instance, *args, **kwargs)
 
 
-def _done(
+def done(
     wrapped: Wrapped,
     thread: Any,
     request_id: str,
     remote_host: str,
     remote_handshake_port: int,
-    remote_port_send_num: Any,
+    *remote_port_send_num: Any,
 ) -> None:
+    """Tell a prefill rank that a request's pull has ended; `remote_port_send_num` from 0.13 on."""
     found = silence(thread)
     if not found.ask(remote_host, remote_handshake_port):
-        wrapped(request_id, remote_host, remote_handshake_port, remote_port_send_num)
+        wrapped(request_id, remote_host, remote_handshake_port, *remote_port_send_num)
         return
     import zmq
 
@@ -109,12 +110,13 @@ def _done(
     # A rank that was only stopped for a while hears of it, and frees the blocks.
     socket.setsockopt(zmq.LINGER, LATER_MS)
     socket.connect(host.make_zmq_path("tcp", remote_host, remote_handshake_port))
-    message = (host.DONE_RECVING_MSG, request_id, remote_port_send_num)
+    message = (host.DONE_RECVING_MSG, request_id, *remote_port_send_num)
     socket.send(thread.encoder.encode(message))
     socket.close()
 
 
-def _close(thread: Any, remote_host: str, remote_handshake_port: int) -> None:
+def close(thread: Any, remote_host: str, remote_handshake_port: int) -> None:
+    """The sockets to a prefill rank: one that still waits for an answer cannot be asked again."""
     host = importlib.import_module(type(thread).__module__)
     path = host.make_zmq_path("tcp", remote_host, remote_handshake_port)
     with thread.remote_sockets_lock:

@@ -20,6 +20,7 @@ from typing import Any
 
 import ascend_kv_engine as ascend_kv_engine
 import torch
+from ascend_kv_heard import newest, oldest
 
 LAYERS, BLOCKS, TOKENS, WIDTH = 3, 12, 4, 8
 HOST = "127.0.0.1"
@@ -43,6 +44,8 @@ def _found(name: str) -> bool:
 NAME = next(name for name in NAMES if _found(name))
 NEWER = NAME.endswith("kv_p2p.mooncake_connector")
 host = importlib.import_module(NAME)
+# 0.11: prefill does not note its requests, and vLLM has no blocks that were not loaded.
+OLDEST = not hasattr(host.KVCacheTaskTracker, "add_req_to_process")
 
 
 def paged_cache_load(k_cache, v_cache, table, _, *, seq_starts, key, value) -> None:
@@ -194,10 +197,11 @@ class Pair:
         """What the scheduler of decode tells its workers of a new request."""
         found = host.MooncakeConnectorMetadata()
         wrap = (lambda blocks: (blocks,)) if hasattr(host, "SupportsHMA") else (lambda b: b)
+        tokens = {} if OLDEST else {"num_external_tokens": len(local) * TOKENS}
         found.add_new_req(
             request_id=request,
             local_block_ids=wrap(local),
-            num_external_tokens=len(local) * TOKENS,
+            **tokens,
             kv_transfer_params={
                 "remote_block_ids": wrap(remote),
                 "remote_engine_id": f"kv_producer-{self.port}" if not port else "another",
@@ -208,14 +212,14 @@ class Pair:
                 "num_prompt_blocks": len(remote),
             },
         )
-        found.reqs_in_batch.add(request)
+        found.reqs_in_batch = {request}
         return found
 
     def offer(self, request: str) -> None:
         """Prefill has computed a request, and keeps its blocks."""
         for worker in self.prefill:
             found = host.MooncakeConnectorMetadata()
-            found.reqs_in_batch.add(request)
+            found.reqs_in_batch = {request}
             found.requests_to_send[request] = time.time()
             worker.start_load_kv(found)
 
@@ -232,8 +236,7 @@ class Pair:
         early: set[int] = set()
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            _, done = connector.get_finished(set())
-            invalid = connector.get_block_ids_with_load_errors()
+            done, invalid = oldest(connector) if OLDEST else newest(connector)
             if request in (done or ()):
                 return {"done": True, "invalid": sorted(invalid), "early": sorted(early)}
             early |= invalid

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import ascend_kv_split as split
-from ascend_kv import HOST, NEWER, ROLES, TOKENS, Pair, free_port, host, scheduler
+from ascend_kv import HOST, NEWER, OLDEST, ROLES, TOKENS, Pair, free_port, host, scheduler
 from ascend_kv_engine import Engine
 from ascend_kv_pulled import LINES, LOCAL, REMOTE, pulled
 
@@ -203,6 +203,8 @@ def choices() -> dict:
 
 def everything(seed: int, patched: bool) -> dict[str, Any]:
     """All cases, by name."""
+    if OLDEST:
+        return everything_oldest(seed, patched)
     return {
         "ratios": ratios(seed),
         "engine fails once": engine_fails(seed, 1),
@@ -223,6 +225,21 @@ def everything(seed: int, patched: bool) -> dict[str, Any]:
         "split refused": split.split_refused(seed) if patched else None,
         "runner": None if NEWER else runner(),
         "choices": choices() if patched else None,
+    }
+
+
+def everything_oldest(seed: int, patched: bool) -> dict[str, Any]:
+    """All cases that 0.11 has, by name."""
+    return {
+        "ratios": ratios(seed),
+        "engine fails once": engine_fails(seed, 1),
+        "engine fails": engine_fails(seed, 40),
+        "8 -> 3": wrong_topology(seed, 8, 3),
+        "6 -> 4": wrong_topology(seed, 6, 4),
+        "silent peers": silent_peers(seed),
+        "waited": waited(seed),
+        "settings": settings(seed),
+        "starts": split.starts(seed),
     }
 
 

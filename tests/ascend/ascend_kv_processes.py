@@ -160,6 +160,7 @@ def dead(seed: int, number: int) -> dict:
         if number == signal.SIGSTOP:
             os.kill(ranks.prefill[0].pid, signal.SIGCONT)
             found["freed"] = ranks.each(ranks.prefill, "freed", "two", 8.0)
+            time.sleep(6.0)  # for five seconds it is taken to be silent
             found["next"] = ranks.moved("three", LOCAL, REMOTE)
         return found
 
