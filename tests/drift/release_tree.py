@@ -70,18 +70,19 @@ class Tree:
         node = self.node(place)
         return set() if node is None else words(node)
 
-    def files(self) -> Iterator[tuple[str, Path]]:
-        """Every module of the package."""
-        for path in sorted((self.root / self.package).rglob("*.py")):
+    def files(self, under: str = "") -> Iterator[tuple[str, Path]]:
+        """Every module of the package, or of one inside it."""
+        folder = self.root.joinpath(*(under or self.package).split("."))
+        for path in sorted(folder.rglob("*.py")):
             parts = list(path.relative_to(self.root).with_suffix("").parts)
             if parts[-1] == "__init__":
                 parts.pop()
             yield ".".join(parts), path
 
-    def mentioning(self, names: set[str]) -> Iterator[tuple[str, ast.Module]]:
+    def mentioning(self, names: set[str], under: str = "") -> Iterator[tuple[str, ast.Module]]:
         """The modules whose text holds one of these identifiers, parsed."""
         pattern = re.compile(rb"\b(?:" + "|".join(sorted(names)).encode() + rb")\b")
-        for module, path in self.files():
+        for module, path in self.files(under):
             if pattern.search(path.read_bytes()):
                 yield module, parsed(path)
 
