@@ -53,7 +53,7 @@ class Sender:
         if job is not None:
             job.identity, job.socket = identity, socket
         if kind == CANCEL:
-            self._cancel(job, ours)
+            await self._cancel(job, ours)
         elif kind == GO:
             if job is None:
                 job = Job(epoch, identity, socket, ask)
@@ -106,7 +106,7 @@ class Sender:
         record.expected = kv_vllm_plan.asked_by(plan, self.worker.tp_rank)
         before, record.jobs[rank] = record.jobs.get(rank), job
         if before is not None:
-            before.stop(last=False)
+            await self._stop(before, last=False)
         if record.served.get(rank):
             return  # The answer to its last attempt was lost; what it asked for lies there.
         send = await self._ready(transfer, record)
@@ -205,7 +205,7 @@ class Sender:
             record.gone = "its blocks were freed, because every decode rank had been served"
             self.worker.finished_sending_reqs.add(send.p_req_id)
 
-    def _cancel(self, job: Job | None, ours: dict[str, Any]) -> None:
+    async def _cancel(self, job: Job | None, ours: dict[str, Any]) -> None:
         transfer, rank = ours.get("transfer"), ours.get("rank")
         if not isinstance(transfer, str) or not isinstance(rank, int):
             return
@@ -214,9 +214,17 @@ class Sender:
             log.info(
                 "%s: given up by the decode rank%s", self._name(job), "" if last else " so far"
             )
-            job.stop(last=last)
+            await self._stop(job, last=last)
         if last and (job is None or not job.writing):
             self.serve(transfer, rank, False)
+
+    async def _stop(self, job: Job, *, last: bool) -> None:
+        """End an attempt, unless it writes; who asks about it later hears that it is over."""
+        writes = job.writing
+        job.stop(last=last)
+        if not writes and job.state not in (DONE, FAILED):
+            self._note(job, FAILED, "the decode rank gave this attempt up")
+            await self._repeat(job)
 
     def know(self, transfer: str) -> None:
         """The host has this request: once it is gone, it does not come again."""
@@ -228,6 +236,12 @@ class Sender:
         record.gone = why
 
     async def _tell(self, job: Job, state: str, sentence: str = "", again: bool = False) -> None:
+        self._note(job, state, sentence, again)
+        if state == FAILED:
+            log.warning("%s: not pushed: %s", self._name(job), sentence)
+        await self._repeat(job)
+
+    def _note(self, job: Job, state: str, sentence: str = "", again: bool = False) -> None:
         job.state = state
         requests = list(job.ask.req_blocks)
         status = {ACCEPTED: kv_vllm_wire.CONTINUE, READY: kv_vllm_wire.CONTINUE}.get(state, 0)
@@ -239,9 +253,6 @@ class Sender:
             err_msg=sentence or None,
             ascend_patch=extra,
         )
-        if state == FAILED:
-            log.warning("%s: not pushed: %s", self._name(job), sentence)
-        await self._repeat(job)
 
     async def _repeat(self, job: Job) -> None:
         if job.told is not None:

@@ -130,9 +130,12 @@ class Conversation:
         try:
             told = await self._cancel(last=last)
             while self.doubtful:
-                answer = await self.link.answer(REPEAT_S)
+                answer = await self.link.answer(self.pull.receiver.repeat)
                 if answer is not None:
                     self.doubtful = self._still_writes(answer)
+                elif self.told is not None:
+                    # Its last word may be lost; asked about what it was allowed, it says it again.
+                    await self.link.send(self._message(GO))
             if not told:
                 await self._cancel(last=last)
         except LostError:

@@ -90,6 +90,13 @@ class Pool:
         self.free += blocks
 
 
+def share(pair: Pair, running: dict[int, list[Any]]) -> None:
+    """Note, for each request, which of its blocks are reported as not loaded; it is said once."""
+    invalid = set(pair.decode.ask("invalid"))
+    for state in running.values():
+        state[4] |= invalid & set(state[2])
+
+
 def storm(setup: dict[str, Any], count: int) -> dict[str, Any]:
     """So many requests, eight at a time, while the faults change."""
     pair, pools = Pair(), (Pool(), Pool())
@@ -118,18 +125,17 @@ def storm(setup: dict[str, Any], count: int) -> dict[str, Any]:
                 pair.decode.ask("pull", number, wanted)
             running[number] = [time.monotonic(), *blocks, wanted, set()]
             number += 1
-        invalid = set(pair.decode.ask("invalid"))
+        share(pair, running)
         for name, (began, theirs, ours, wanted, left) in list(running.items()):
             assert time.monotonic() - began < SECONDS, f"request {name} hangs: {left}"
             state = running[name]
-            state[4] |= invalid & set(ours)
             if theirs and pair.prefill.ask("is_freed", name):
                 pools[0].back(theirs)
                 state[1] = []
             if wanted and not pair.decode.ask("is_pulled", name):
                 continue
             if ours and (wanted or not state[1]):
-                state[4] |= set(pair.decode.ask("invalid")) & set(ours)
+                share(pair, running)
                 if not wanted:
                     found["given_up"] += 1
                 elif state[4]:

@@ -16,6 +16,7 @@ from ascend_patch.impl import (
     kv_vllm_link,
     kv_vllm_send,
 )
+from ascend_patch.impl.kv_vllm_wire import DONE, GO
 
 # Nothing listens there: the port belongs to no service.
 DEAD = "tcp://127.0.0.1:1"
@@ -75,6 +76,61 @@ def test_an_engine_that_fails_is_asked_again(kv_host, kv_lines) -> None:
     assert "prefill TP 2 -> decode TP 1, decode rank 0" in kv_lines.text
     assert "prefill rank 1 at tcp://127.0.0.1:" in kv_lines.text
     assert "transfer engine returned -1; asking again (2 left)" in kv_lines.text
+
+
+def test_the_last_word_of_an_attempt_is_asked_for_again_where_it_is_lost(
+    kv_host, kv_lines, monkeypatch
+) -> None:
+    say, lost = kv_vllm_send.Sender._repeat, []
+
+    async def lose(self: Any, job: Any) -> None:
+        if job.state == DONE and not lost:
+            lost.append(job)
+            return
+        await say(self, job)
+
+    async def run() -> None:
+        async with World(kv_host, 2, 1) as world:
+            world.receivers[0].repeat = 0.05
+            monkeypatch.setattr(kv_vllm_send.Sender, "_repeat", lose)
+            writes, fails = (rank.engine for rank in world.prefill)
+            writes.hold.clear()
+            fails.codes = [-1]
+            await world.prefilled(1, P_BLOCKS)
+            await world.pull(1, D_BLOCKS)
+            await wait_until(lambda: writes.writing.is_set() and "asking again" in kv_lines.text)
+            writes.hold.set()
+            await wait_until(lambda: world.pulled(1) and world.freed(1), 5)
+            assert world.right(1, D_BLOCKS)
+
+    asyncio.run(run())
+    assert lost
+
+
+def test_an_attempt_that_was_allowed_in_vain_is_over_when_it_is_given_up(
+    kv_host, kv_lines, monkeypatch
+) -> None:
+    say, lost = kv_vllm_link.Link.send, []
+
+    async def lose(self: Any, message: Any) -> None:
+        if message.ascend_patch["kind"] == GO and (not lost or self in lost):
+            lost.append(self)
+            return
+        await say(self, message)
+
+    async def run() -> None:
+        async with World(kv_host, 2, 1) as world:
+            monkeypatch.setattr(kv_vllm_link.Link, "send", lose)
+            await world.prefilled(1, P_BLOCKS)
+            for rank in world.prefill:
+                rank.engine.codes = [-1]
+            await world.pull(1, D_BLOCKS)
+            await wait_until(lambda: world.pulled(1) and world.freed(1), 5)
+            assert world.right(1, D_BLOCKS)
+
+    asyncio.run(run())
+    assert lost
+    assert "asking again" in kv_lines.text
 
 
 def test_an_engine_that_goes_on_failing_fails_the_request_and_frees_both_sides(
