@@ -40,7 +40,7 @@ def _mended(
         cached: As `steps.answered` takes it.
     """
     metadata = args[5] if len(args) > 5 else kwargs.get("attn_metadata")
-    if metadata is None or not steps.is_plain(instance):
+    if not (steps.is_of_the_builder(metadata) and steps.is_plain(instance)):
         return wrapped(*args, **kwargs)
     left_out = ignored(instance)
     if left_out and steps.is_capturing(instance):
@@ -143,7 +143,7 @@ def forward_0_23(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     the right number, for as long as it runs, mends all three.
     """
     metadata = args[5] if len(args) > 5 else kwargs.get("attn_metadata")
-    if metadata is None or not steps.is_plain(instance):
+    if not (steps.is_of_the_builder(metadata) and steps.is_plain(instance)):
         return wrapped(*args, **kwargs)
     defect = _defect_0_23(instance, metadata)
     if defect:

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 PATCH = "attention_router"
 MODULE = "vllm_ascend.attention.attention_v1"
 BASE = "AscendAttentionBackendImpl"
+METADATA = "AscendMetadata"
 STATES = {
     "PrefillNoCache": "prefill",
     "PrefillCacheHit": "cache_hit",
@@ -70,6 +71,12 @@ def is_plain(instance: Any, name: str = BASE) -> bool:
     """Whether it is of the class itself: context parallel, 310P and others inherit its forward."""
     kind = type(instance)
     return kind.__name__ == name and kind.__module__ == MODULE
+
+
+def is_of_the_builder(metadata: Any) -> bool:
+    """Whether a step's metadata is of the release's class; None before there are any."""
+    kind = type(metadata)
+    return kind.__name__ == METADATA and kind.__module__ == MODULE
 
 
 def configuration(instance: Any) -> Configuration:

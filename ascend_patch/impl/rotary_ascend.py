@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ascend_patch.kernels.rope import rotary_embedding
+
+MODULE = "vllm_ascend.ops.rotary_embedding"
 
 
 def reads_wrong_angles(original: FunctionType, positions: Tensor, rotary_dim: int) -> bool:
@@ -96,7 +99,7 @@ def remember_whose_tables(wrapped: Any, instance: Any, args: Any, kwargs: Any) -
     from it for all layers. Later the identity is lost where a cache is cast, so it is asked now.
     """
     wrapped(*args, **kwargs)
-    shared = wrapped.__func__.__globals__["_cos_sin_cache"]
+    shared = sys.modules[MODULE]._cos_sin_cache
     setattr(instance, OWN_TABLES, instance.cos_sin_cache is not shared)
 
 

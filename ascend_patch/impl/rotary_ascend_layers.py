@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ascend_patch.impl.rotary_ascend import MODULE
 from ascend_patch.kernels.rope import apply_rotary, rotary_embedding
 
 # torch_npu's npu_rotary_mul, mode `half`: batch and heads below 1000, a head below 896 elements.
@@ -141,6 +143,6 @@ def knows_its_method(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Non
     it: a draft model with YaRN ends in an AttributeError (vllm-ascend #8734).
     """
     wrapped(*args, **kwargs)
-    config = wrapped.__func__.__globals__["get_current_vllm_config"]()
-    speculative = config.speculative_config
+    # Not through `wrapped`: a subclass may call this by its class, and that one is no method.
+    speculative = sys.modules[MODULE].get_current_vllm_config().speculative_config
     instance.use_mtp = speculative and speculative.method == "mtp"
