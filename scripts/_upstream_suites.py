@@ -1,0 +1,86 @@
+"""Which of the hosts' own tests are run, and which of them our code answers in another way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The tests of one release that run without an accelerator.
+
+    Attributes:
+        distribution: The sdist that carries them.
+        areas: Files and folders of tests by the patch that they are near to.
+        quick: The area that everyday runs take.
+        differs: What our code makes of a test, and why that is meant: the test's id, or a part of
+            it that several share, and a sentence. One that no longer differs is an error.
+        choose: Of an area, the tests that are taken, as pytest's -k has it.
+    """
+
+    distribution: str
+    areas: dict[str, tuple[str, ...]]
+    quick: str = "rotary"
+    differs: dict[str, str] = field(default_factory=dict)
+    choose: dict[str, str] = field(default_factory=dict)
+
+
+VLLM_0_18 = Suite(
+    distribution="vllm",
+    areas={
+        "rotary": (
+            "tests/kernels/core/test_pos_encoding.py",
+            "tests/kernels/core/test_apply_rotary_emb.py",
+            "tests/kernels/core/test_mrope.py",
+            "tests/compile/test_rotary_embedding_compile.py",
+            "tests/model_executor/test_qwen3_vl_mrope.py",
+        ),
+        "attention": (
+            "tests/kernels/attention/test_attention_selector.py",
+            "tests/test_attention_backend_registry.py",
+            "tests/v1/attention/test_attention_backends_selection.py",
+            "tests/v1/attention/test_attention_splitting.py",
+            "tests/v1/attention/test_chunked_local_attention.py",
+        ),
+        "gdn": (
+            "tests/v1/attention/test_gdn_metadata_builder.py",
+            "tests/v1/attention/test_mamba_update_block_table.py",
+            "tests/v1/worker/test_mamba_utils.py",
+            "tests/kernels/mamba/test_causal_conv1d.py",
+            "tests/kernels/test_fla_layernorm_guard.py",
+        ),
+        "kv": ("tests/v1/kv_connector/unit",),
+    },
+    # The second device is the first one here; 8192 tokens are the same code 745 times slower.
+    choose={"rotary": "not cuda:1 and not 8192"},
+)
+
+SUITES: dict[str, dict[str, Suite]] = {
+    "vllm": {"0.18.0": VLLM_0_18},
+    "vllm_ascend": {
+        "0.18.0": Suite(
+            distribution="vllm-ascend",
+            areas={
+                "rotary": ("tests/ut/ops/test_rotary_embedding.py",),
+                "attention": ("tests/ut/attention", "tests/ut/compilation"),
+                "gdn": (
+                    "tests/ut/patch/worker/patch_common",
+                    "tests/ut/worker/test_block_table.py",
+                ),
+                "kv": ("tests/ut/kv_connector", "tests/ut/distributed/mooncake"),
+            },
+        ),
+        "0.13.0": Suite(
+            distribution="vllm-ascend",
+            areas={
+                "rotary": ("tests/ut/ops/test_rotary_embedding.py",),
+                "attention": ("tests/ut/attention", "tests/ut/compilation"),
+                "gdn": (
+                    "tests/ut/patch/worker/patch_common",
+                    "tests/ut/worker/test_block_table.py",
+                ),
+                "kv": ("tests/ut/kv_connector", "tests/ut/distributed/mooncake"),
+            },
+        ),
+    },
+}
