@@ -61,10 +61,11 @@ def empty(builder: Any, slots: Tensor) -> None:
         builder: A GDNAttentionMetadataBuilder.
         slots: int [N], on the device of the caches.
     """
-    layers = builder.vllm_config.compilation_config.static_forward_context
+    # A builder that nobody made with an engine, in the hosts' own tests, has names and no layers.
+    layers = getattr(builder.vllm_config.compilation_config, "static_forward_context", {})
     places = slots.long()
     for name in _layers.get(builder, ()):
-        for state in _states(layers[name]):
+        for state in _states(layers[name]) if name in layers else ():
             # Not index_fill_, which on an NPU reads its index back.
             state[places] = 0
 
