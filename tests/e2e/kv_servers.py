@@ -29,6 +29,7 @@ LENGTHS = (1, 127, 128, 129, 500)
 STEPS = 8
 HITS = "vllm:external_prefix_cache_hits_total"
 USED = "vllm:kv_cache_usage_perc"
+PREEMPTED = "vllm:num_preemptions_total"
 # Bytes and pieces of words; behind the special tokens.
 VOCABULARY = range(len(SPECIAL), 300)
 SECONDS = 90
@@ -43,6 +44,7 @@ class Transfer:
         policy: kv_load_failure_policy.
         extra: More of kv_connector_extra_config.
         variables: More of the environment of both.
+        arguments: More of the command line of both.
     """
 
     sizes: Sizes
@@ -51,6 +53,7 @@ class Transfer:
     policy: str = ""
     extra: tuple[tuple[str, Any], ...] = ()
     variables: tuple[tuple[str, str], ...] = ()
+    arguments: tuple[str, ...] = ()
 
     def name(self) -> str:
         """Return a short name for reports."""
@@ -242,7 +245,13 @@ class TransferLab:
             setup.sizes,
             env=env | dict(setup.variables),
             folder=folder,
-            arguments=[*words, "--no-enable-prefix-caching", "--max-num-seqs", "32"],
+            arguments=[
+                *words,
+                "--no-enable-prefix-caching",
+                "--max-num-seqs",
+                "32",
+                *setup.arguments,
+            ],
             extra=dict(setup.extra),
             policy=setup.policy,
             ready_seconds=READY_SECONDS,
