@@ -7,9 +7,11 @@ import http.client
 import http.server
 import json
 import random
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -141,6 +143,64 @@ def test_what_is_no_tensor_parallel_size_is_refused(words, capsys) -> None:
     with pytest.raises(SystemExit):
         serve.parse(words)
     assert "is no tensor-parallel size" in capsys.readouterr().err
+
+
+def running(folder: Path, name: str) -> Server:
+    """A server whose process only sleeps, in a session of its own."""
+
+    class Sleeping(Server):
+        def command(self) -> list[str]:
+            return [sys.executable, "-I", "-c", "import time; time.sleep(600)"]
+
+    server = Sleeping(Path(sys.executable), "none", env={}, log=folder / name)
+    server.start()
+    return server
+
+
+@pytest.mark.parametrize("dead", ["prefill", "decode"])
+def test_a_server_that_dies_ends_the_service_and_the_other_server(tmp_path, dead) -> None:
+    pair = _disaggregated.Pair(running(tmp_path, "prefill"), running(tmp_path, "decode"), 1)
+    processes = {name: getattr(pair, name).process for name in ("prefill", "decode")}
+    killer = threading.Timer(0.5, processes[dead].kill)
+    killer.start()
+    try:
+        with pytest.raises(ServerError, match=f"The {dead} server ended with exit code -9"):
+            serve.keep_serving(pair, SimpleNamespace(port=1))
+    finally:
+        killer.join()
+        pair.stop()
+    assert all(process.poll() is not None for process in processes.values())
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_pair_is_stopped_however_often_one_asks_for_it(tmp_path, times) -> None:
+    program = f"""
+import signal, sys, threading
+sys.path[:0] = [{str(SCRIPTS)!r}, {str(Path(__file__).parent)!r}]
+from pathlib import Path
+from types import SimpleNamespace
+import _disaggregated, _disaggregated_serve as serve, test_disaggregated as tests
+folder = Path({str(tmp_path)!r})
+class Pair(_disaggregated.Pair):
+    def __enter__(self):
+        return self
+def keep(args):
+    with Pair(tests.running(folder, "prefill"), tests.running(folder, "decode"), 1) as pair:
+        print(pair.prefill.process.pid, pair.decode.process.pid, flush=True)
+        serve.keep_serving(pair, SimpleNamespace(port=1))
+serve.serve, serve.parse = keep, lambda words: None
+sys.exit(serve.main())
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    pids = [int(word) for word in process.stdout.readline().split()]
+    process.stdout.readline()
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    said, _ = process.communicate(timeout=60)
+    assert (process.returncode, said.strip()) == (130, "[ascend-patch] stopped")
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
 def listing(folder: Path, **found: str) -> Path:
