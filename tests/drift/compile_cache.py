@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass
+from pathlib import Path
 
 from release_tree import FUNCTIONS, Tree, calls, words
 
@@ -84,3 +85,13 @@ def names_folder(node: ast.AST) -> bool:
         for call in calls(node, "join")
         for argument in call.args
     )
+
+
+def in_words(root: Path) -> str:
+    """The column of docs/releases.md."""
+    key = key_of(Tree(root, "vllm"))
+    if key.unkeyed:
+        return "not told apart"
+    ahead = [place for place in key.folders if place not in key.traced]
+    text = "factor and sources" if key.traced else "factor"
+    return f"{text}; AOT: factor" if ahead else text

@@ -161,11 +161,22 @@ def kv_connector(tree: Tree, vllm: Tree, release: str) -> Derived:
     scheduler = vllm.module("vllm.v1.core.sched.scheduler")
     assert scheduler is not None
     assert tree.has(f"{module}:MooncakeConnectorWorker")
-    if "invalid_block_ids" not in words(scheduler):
-        return Derived("skipped", "its vLLM knows no blocks that were not loaded")
-    if tree.has(f"{module}:MooncakeConnector.get_block_ids_with_load_errors"):
-        return Derived("skipped", "it reports blocks that were not loaded")
-    return Derived("applied", "a failed transfer is not reported", None, frozenset({module}))
+    why = []
+    if not tree.has(f"{module}:MooncakeConnector.get_block_ids_with_load_errors"):
+        why.append("a failed transfer is not reported")
+        if "invalid_block_ids" not in words(scheduler):
+            why.append("its vLLM knows no blocks that were not loaded")
+    # Prefill frees a request's blocks after a time, and a decode that comes later reads them.
+    if tree.has(f"{module}:KVCacheTaskTracker._retrieve_expired_requests"):
+        ended = tree.node(f"{module}:MooncakeConnectorScheduler.request_finished")
+        assert ended is not None
+        given = {keyword.arg or "" for call in calls(ended, "dict") for keyword in call.keywords}
+        assert "remote_block_ids" in given, "what prefill hands over is somewhere else"
+        if not any(word in name for name in given for word in ("time", "expir", "deadline")):
+            why.append("decode is not told when prefill's blocks expire")
+    if not why:
+        return Derived("retired", "it reports failures, and decode knows when blocks expire")
+    return Derived("applied", "; ".join(why), None, frozenset({module}))
 
 
 PATCHES: dict[str, Callable[[Tree, Tree, str], Derived]] = {

@@ -11,6 +11,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
+import _release_table as release_table
 import _releases
 from _package_index import Problem, listed
 from _releases import DEVICES, FIRST, RELEASES, is_branch
@@ -24,7 +25,7 @@ from ascend_patch._versions import Installed
 EVERYDAY = {("vllm", "0.18.0"), ("vllm", RELEASES["vllm"][-1]), ("vllm_ascend", "0.18.0")}
 STATES = {"armed": "applied"}
 # For tests, which cannot import scripts before this module has said where they are.
-__all__ = ["DEVICES", "FIRST", "RELEASES", "Problem", "is_branch", "listed"]
+__all__ = ["DEVICES", "FIRST", "RELEASES", "Problem", "is_branch", "listed", "release_table"]
 
 
 def cells(*hosts: Host) -> list[Any]:
@@ -58,7 +59,16 @@ def root_of(host: Host, release: str) -> Path:
     found = _root(host, release)
     if isinstance(found, Problem):
         pytest.skip(str(found))
+    _release_at[found] = release
     return found
+
+
+_release_at: dict[Path, str] = {}
+
+
+def release_at(root: Path) -> str:
+    """The release of a folder that `root_of` returned."""
+    return _release_at[root]
 
 
 def roots_of(host: Host, release: str) -> dict[Host, Path]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
+import drift_sources
 import pytest
 from packaging.version import Version
 
@@ -13,26 +13,17 @@ from ascend_patch import _fingerprint, _plan, _registry
 from ascend_patch._registry import Band, Symbol
 from ascend_patch._versions import Installed
 
-SOURCES = "DRIFT_SOURCES"
-FIRST, RETIRED = Version("0.11.0"), Version("0.20.0")
+RETIRED = Version("0.20.0")
 BUILDER = "vllm.v1.attention.backends.gdn_attn"
 
 
-def unpacked() -> list[Path]:
-    folder = os.environ.get(SOURCES)
-    found = Path(folder).glob("vllm-[0-9]*") if folder else []
-    return sorted((path for path in found if version(path) >= FIRST), key=version)
+def version(root: Path) -> Version:
+    return Version(drift_sources.release_at(root))
 
 
-def version(path: Path) -> Version:
-    return Version(path.name.partition("-")[2])
-
-
-@pytest.fixture(params=unpacked() or [None], ids=lambda path: path.name if path else "none")
+@pytest.fixture(params=drift_sources.releases("vllm"))
 def release(request: pytest.FixtureRequest) -> Path:
-    if request.param is None:
-        pytest.skip(f"{SOURCES} ({os.environ.get(SOURCES) or 'not set'}) holds no vllm-0.18.0/vllm")
-    return Path(request.param)
+    return drift_sources.root_of("vllm", request.param)
 
 
 def decide(root: Path, release: str, device: str) -> _plan.Decision:

@@ -1,18 +1,15 @@
 """What patch_kv_connector decides on each release of vLLM, from its unpacked source.
 
 And 0.19 to 0.29's own plan of a push: what it leaves out, and ours around it.
-
-DRIFT_SOURCES names a folder of unpacked releases: `vllm-0.23.0/vllm/...`.
 """
 
 from __future__ import annotations
 
 import ast
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import drift_sources
 import pytest
 from packaging.version import Version
 
@@ -21,9 +18,9 @@ from ascend_patch._versions import Installed
 from ascend_patch.impl import kv_vllm_shares
 from ascend_patch.patches import _kv_vllm
 
-SOURCES = "DRIFT_SOURCES"
 FUNCTIONS = ("_get_tp_ratio", "_compute_sender_transfer_plan")
 RELEASES = next(band.releases for band in _kv_vllm.BANDS if band.targets is _kv_vllm.SHARES)
+PLANS = [pytest.param(one, marks=drift_sources.marks("vllm", one)) for one in RELEASES]
 HEAD = 256
 
 
@@ -37,22 +34,14 @@ FROM = {
 }
 
 
-def unpacked() -> list[Path]:
-    folder = os.environ.get(SOURCES)
-    return sorted(Path(folder).glob("vllm-[0-9]*")) if folder else []
-
-
-@pytest.mark.parametrize(
-    "release", unpacked() or [None], ids=lambda path: path.name if path else "none"
-)
-def test_each_release_is_in_the_band_that_was_written_for_it(release) -> None:
-    if release is None:
-        pytest.skip(f"{SOURCES} names no folder of unpacked releases")
-    version = Version(release.name.partition("-")[2])
+@pytest.mark.parametrize("release", drift_sources.releases("vllm"))
+def test_each_release_is_in_the_band_that_was_written_for_it(release: str) -> None:
+    version = Version(release)
     state, targets = next(
         FROM[first] for first in reversed(FROM) if version.release[:2] >= Version(first).release
     )
-    installed = Installed({"vllm": str(version)}, {"vllm": release}, "vllm")
+    root = drift_sources.root_of("vllm", release)
+    installed = Installed({"vllm": release}, {"vllm": root}, "vllm")
     found = _plan.decide(_registry.load()["kv_connector"], installed)
     assert found.state == state, found.reason
     assert (found.band.targets if found.band else None) == targets
@@ -60,13 +49,8 @@ def test_each_release_is_in_the_band_that_was_written_for_it(release) -> None:
 
 def plan_of(release: str) -> Callable[..., tuple[bool, int, int, int]]:
     """The release's function, which needs nothing else of its module."""
-    folder = os.environ.get(SOURCES)
-    if not folder:
-        pytest.skip(f"{SOURCES} names no folder of unpacked releases")
     module = _kv_vllm.MOONCAKE.replace(".", "/")
-    path = Path(folder) / f"vllm-{release}" / f"{module}.py"
-    if not path.exists():
-        pytest.skip(f"vllm {release} is not unpacked in {folder}")
+    path = drift_sources.root_of("vllm", release) / f"{module}.py"
     tree = ast.parse(path.read_text())
     tree.body = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name in FUNCTIONS]
     found: dict[str, Any] = {}
@@ -75,7 +59,7 @@ def plan_of(release: str) -> Callable[..., tuple[bool, int, int, int]]:
     return plan
 
 
-@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("release", PLANS)
 def test_prefill_tp_4_of_two_heads_fills_decode_tp_1(release) -> None:
     theirs = plan_of(release)
 
@@ -91,7 +75,7 @@ def test_prefill_tp_4_of_two_heads_fills_decode_tp_1(release) -> None:
     assert [one[0] for one in ours] == [True, False, True, False]
 
 
-@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("release", PLANS)
 def test_what_the_release_does_right_stays_as_it_is(release) -> None:
     theirs = plan_of(release)
     cases = (

@@ -27,6 +27,7 @@ def test_a_wheel_is_fetched_once_and_only_its_python(script, index, tmp_path, ca
     assert written(script)["1.0.0"]["source"] == expected
 
 
+@pytest.mark.slow
 def test_the_release_before_is_fetched_for_the_diff(script, index, capsys) -> None:
     wheel(index, "1.0.0")
     wheel(index, "1.1.0", **{"vllm/rope.py": ROPE.format(7)})
@@ -36,6 +37,7 @@ def test_the_release_before_is_fetched_for_the_diff(script, index, capsys) -> No
     assert "-        return q * 1\n+        return q * 7" in said
 
 
+@pytest.mark.slow
 def test_a_release_that_the_index_does_not_have(script, index, capsys) -> None:
     wheel(index, "1.0.0")
     said = refused(script, capsys, "9.9.9")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import drift_sources
 import pytest
 from packaging.version import Version
 
@@ -17,29 +18,18 @@ from ascend_patch import _explain, _fingerprint, _plan, _registry
 from ascend_patch._registry import Band, Symbol
 from ascend_patch._versions import Installed
 
-SOURCES = "DRIFT_SOURCES"
-FIRST, BEYOND = Version("0.11.0"), Version("0.34.0")
+BEYOND = Version("0.34.0")
 QWEN3 = "vllm.model_executor.models.qwen3"
 BASE = "vllm.model_executor.layers.rotary_embedding.base"
 
 
-def unpacked() -> list[Path]:
-    folder = os.environ.get(SOURCES)
-    found = Path(folder).glob("vllm-[0-9]*") if folder else []
-    return sorted(
-        (path for path in found if FIRST <= version(path) < BEYOND), key=lambda path: version(path)
-    )
+def version(root: Path) -> Version:
+    return Version(drift_sources.release_at(root))
 
 
-def version(path: Path) -> Version:
-    return Version(path.name.partition("-")[2])
-
-
-@pytest.fixture(params=unpacked() or [None], ids=lambda path: path.name if path else "none")
+@pytest.fixture(params=drift_sources.releases("vllm"))
 def release(request: pytest.FixtureRequest) -> Path:
-    if request.param is None:
-        pytest.skip(f"{SOURCES} ({os.environ.get(SOURCES) or 'not set'}) holds no vllm-0.18.0/vllm")
-    return Path(request.param)
+    return drift_sources.root_of("vllm", request.param)
 
 
 def decide(root: Path, release: str) -> _plan.Decision:
