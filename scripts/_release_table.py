@@ -76,7 +76,9 @@ def cell(patch: str, host: Host, release: str, roots: Mapping[Host, Path]) -> Ce
         found = _plan.decide(_registry.load()[patch], installed)
         state, reason = found.state, ""
         if found.state == "armed":
-            state = "applied" if release in found.releases else f"applied as {found.releases[-1]}"
+            state = "applied"
+            if release not in found.releases:
+                state += f" as {nearest(host, release, found.releases)}"
         else:
             reason = in_short(found.reason, f"{host} {version}", device)
         said.setdefault((state, reason), []).append(device)
@@ -96,6 +98,12 @@ def cell(patch: str, host: Host, release: str, roots: Mapping[Host, Path]) -> Ce
         if reason
     )
     return Cell(text, reasons)
+
+
+def nearest(host: Host, release: str, others: Iterable[str]) -> str:
+    """The one of others that stands nearest to a release in the table, the earlier of two."""
+    order = RELEASES[host]
+    return min(others, key=lambda other: abs(order.index(other) - order.index(release)))
 
 
 def in_short(reason: str, name: str, device: str) -> str:
