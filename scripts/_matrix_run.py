@@ -45,6 +45,7 @@ def run_case(env: _env.Environment, case: Case, versions: dict[str, str], folder
     result = Result(
         case.release, case.model, case.dtype, _pair.today(), _pair.commit(), dict(versions)
     )
+    result.note = case.note
     lead, why = _unpatched(env, case, model, folder / "unpatched")
     if lead is None and case.alone:
         result.verdict, result.why = "its unpatched server does not start or answer", why

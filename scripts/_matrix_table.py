@@ -12,7 +12,7 @@ from _matrix_cases import ITSELF, RELEASES, Result, Seen
 VERSIONS = ("vllm", "torch", "transformers", "python")
 PLAIN = ("release", "what", "dtype", "verdict", "oracle", "steps", "other_tokens")
 NUMBERS = ("worst", "limit", "spoilt")
-LAST = ("date", "commit", "seconds", "why")
+LAST = ("date", "commit", "seconds", "why", "note")
 IMPORTS = "imports, "
 
 INTRODUCTION = """\
@@ -71,7 +71,7 @@ def from_csv(text: str) -> list[Result]:
         results.append(
             Result(
                 **{name: row[name] for name in ("release", "what", "dtype", "verdict", "oracle")},
-                **{name: row[name] for name in ("date", "commit", "why")},
+                **{name: row[name] for name in ("date", "commit", "why", "note")},
                 **{name: int(row[name]) for name in ("steps", "other_tokens", "seconds")},
                 **{name: float(row[name]) if row[name] else None for name in NUMBERS},
                 versions={name: row[name] for name in VERSIONS if row[name]},
@@ -188,11 +188,12 @@ def _short(result: Result) -> str:
 
 
 def _words(results: Sequence[Result]) -> str:
-    lines = [
-        f"- {result.release} {result.what}: {_why(result)}"
-        for result in results
-        if result.why or (result.what.startswith(IMPORTS) and not result.fine)
-    ]
+    lines = []
+    for result in results:
+        imports = result.what.startswith(IMPORTS)
+        said = [_why(result)] if result.why or (imports and not result.fine) else []
+        said += [result.note] if result.note else []
+        lines += [f"- {result.release} {result.what}: {sentence}" for sentence in said]
     return "\n".join(["", *lines, ""]) if lines else ""
 
 

@@ -62,7 +62,7 @@ def imports(release: str = "0.18.0", device: str = "cpu", **states: str) -> Resu
 
 def test_a_table_is_read_as_it_was_written() -> None:
     rows = [
-        a_result(),
+        a_result(note="a note, with a comma"),
         a_result("0.11.0", "Qwen3-Next", verdict="not served", why="ValueError: a | b, c"),
         imports(rotary="applied", kv_connector="applied"),
     ]
@@ -79,6 +79,7 @@ def test_a_table_is_read_as_it_was_written() -> None:
     assert first.worst == 1.5e-6
     assert first.patches["rotary"] == Seen("applied", "", 1234)
     assert first.patches["gdn_attn"].reason.startswith("vllm 0.18.0 on cpu is outside of: what")
+    assert first.note == "a note, with a comma"
     assert again[2].worst is None
 
 
@@ -100,7 +101,7 @@ def test_rows_of_releases_that_are_not_run_stay() -> None:
 
 def test_the_document_says_the_most_that_was_seen_of_a_patch() -> None:
     rows = [
-        a_result(),
+        a_result(note="as compiled servers are"),
         imports(rotary="applied", kv_connector="applied", gdn_attn="skipped"),
         imports(device="cuda", rotary="applied", kv_connector="applied", gdn_attn="applied"),
     ]
@@ -108,6 +109,7 @@ def test_the_document_says_the_most_that_was_seen_of_a_patch() -> None:
     assert "| 0.18.0 | applied, 1234 calls (Qwen3) | armed; imported (cpu, cuda): applied |" in text
     assert "skipped; imported (cuda): applied" in text
     assert "- `gdn_attn` is skipped in 0.18.0: vllm 0.18.0 on cpu is outside of" in text
+    assert "- 0.18.0 Qwen3: as compiled servers are\n" in text
     assert "| 0 of 192 | 1.5e-06 | 1.0e-04 | 5.0e-01 | same |" in text
     assert "Not run yet: 0.11.0, 0.17.0, 0.23.0, 0.32.0." in text
     wrong = table.to_markdown([a_result(verdict="9.0e-01 apart, and 1.0e-04 is the limit")])
@@ -193,6 +195,10 @@ def test_what_is_kept_belongs_to_the_sources(kept, monkeypatch, tmp_path) -> Non
         monkeypatch.setattr(Path, "read_bytes", other)
         keys.add(_matrix.key_of("0.18.0"))
     assert len(keys) == 8
+    # How results are written down changes none of them.
+    table_of = {path.name for pattern in _matrix.OWN for path in SCRIPTS.glob(pattern)}
+    assert "_matrix_run.py" in table_of
+    assert not table_of & {"_matrix.py", "_matrix_table.py"}
     monkeypatch.setattr(Path, "read_bytes", read)
     assert _matrix.key_of("0.18.0") == kept.key
 
