@@ -3,8 +3,9 @@
 One release after another: an environment of its own (kept), the modules that the patches change
 imported for each device, and tiny models served with the shim and without it. What a release shows
 is kept in the cache for as long as neither the shim, nor the release's packages, nor what this
-command asks changes, so that a run that was interrupted goes on where it ended. The table (docs/matrix.csv,
-docs/matrix.md) is written after each release; rows of releases that are not run stay as they are.
+command asks changes, so that a run that was interrupted goes on where it ended. The table
+(docs/matrix.csv, docs/matrix.md) is written after each release; rows of releases that are not run
+stay as they are.
 """
 
 from __future__ import annotations
