@@ -91,7 +91,7 @@ def _sitecustomizes(doors: list[str]) -> Iterator[Finding]:
         yield Finding("note", "sitecustomize", "none on sys.path")
         return
     chain = " -> ".join(map(str, found))
-    if ours and found[0] not in ours and "pth" not in doors:
+    if ours and found[0] not in ours and not doors:
         yield Finding(
             "wrong",
             "sitecustomize",
@@ -99,10 +99,12 @@ def _sitecustomizes(doors: list[str]) -> Iterator[Finding]:
             f"ascend-patch, or use `ascend-patch run -- CMD`. In order: {chain}",
         )
     elif ours and found[0] not in ours:
+        # ddtrace's, for one, runs the next one itself.
         yield Finding(
             "ok",
             "sitecustomize",
-            f"{found[0]} shadows ours; our .pth file opens the door. In order: {chain}",
+            f"{found[0]} comes before ours; the door is open all the same, by "
+            f"{' and '.join(doors)}. In order: {chain}",
         )
     else:
         yield Finding("ok", "sitecustomize", chain)

@@ -58,6 +58,38 @@ def test_a_stranger_in_front_of_a_drop_in_is_named(house, checkout, packaging, t
     assert str(stranger) in said["text"]
 
 
+CHAINING = """
+import os, sys
+here = os.path.dirname(os.path.abspath(__file__))
+place = sys.path.index(here)
+del sys.path[place], sys.modules["sitecustomize"]
+try:
+    import sitecustomize
+finally:
+    sys.path.insert(place, here)
+"""
+
+
+def test_one_in_front_that_runs_ours_is_no_fault(house, checkout, packaging, tmp_path):
+    """ddtrace's does."""
+    first = room(tmp_path / "first", CHAINING)
+    options = {"path": (first, checkout, packaging)}
+    assert house.boot(**options)["doors"] == ["sitecustomize"]
+    (said,) = findings(house, checkout, "sitecustomize", **options)
+    assert said["level"] == "ok"
+    assert f"{first / 'sitecustomize.py'} comes before ours" in said["text"]
+    assert "open all the same, by sitecustomize." in said["text"]
+
+
+def test_one_in_front_of_an_installed_shim_is_no_fault(furnished, checkout, packaging, tmp_path):
+    first = room(tmp_path / "first", "")
+    options = {"path": (first, packaging)}
+    assert furnished.boot(**options)["doors"] == ["pth"]
+    (said,) = findings(furnished, checkout, "sitecustomize", **options)
+    assert said["level"] == "ok"
+    assert "open all the same, by pth." in said["text"]
+
+
 def test_a_copy_of_another_version_is_wrong(house, shim, checkout, packaging):
     house.install(shim)
     init = house.site / "ascend_patch" / "__init__.py"

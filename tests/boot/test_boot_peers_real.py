@@ -240,7 +240,7 @@ NAMED = {
 def test_doctor_names_all_of_them_and_who_is_at_work(work, town):
     done = work(
         "-m", "ascend_patch", "doctor", "--json",
-        path=(ROOT,), launcher=("ddtrace-run",), DD_TRACE_ENABLED="false",
+        path=(ROOT,), launcher=("ddtrace-run",),
     )  # fmt: skip
     found = json.loads(done.stdout)["findings"]
     pinned = dict(
