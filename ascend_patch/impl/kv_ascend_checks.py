@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from ascend_patch.kernels.kv_layout import LayerGroup, Side, Topology, refuse
 
 
@@ -21,10 +23,12 @@ def side_of(vllm_config: Any, kv_caches: Mapping[str, Any], *, tp: int, pp: int)
     Those are: several kinds of cache (Mamba), quantised ones, context parallel.
     """
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    first = next(iter(kv_caches.values()), None)
+    if not isinstance(first, list | tuple) or len(first) < 2 or not isinstance(first[0], Tensor):
+        return None
     context = getattr(parallel, "prefill_context_parallel_size", 1)
     context *= getattr(parallel, "decode_context_parallel_size", 1)
-    first = next(iter(kv_caches.values()))
-    if context > 1 or not isinstance(first, list | tuple) or len(first) < 2:
+    if context > 1:
         return None
     if any(len(c) != len(first) or c[0].shape != first[0].shape for c in kv_caches.values()):
         return None
@@ -98,19 +102,27 @@ def wrong_ranks(
     return None
 
 
-def heard(peer: Side, decode: Side, assumed_tp: int | None, assumed_pp: int) -> str | None:
+def heard(
+    peer: Side,
+    decode: Side,
+    assumed_tp: int | None,
+    assumed_pp: int,
+    *,
+    any_blocks: bool = False,
+) -> str | None:
     """Why what a prefill rank says of itself does not fit; None if it does.
 
     Args:
         assumed_tp: prefill.tp_size of the decode server's configuration, where the release goes
             by it; None where each request brings the prefill server's own.
         assumed_pp: prefill.pp_size of it.
+        any_blocks: The release matches blocks of different sizes (from 0.23).
     """
     refusal = refuse(Topology(peer, decode))
     if refusal is not None:
         return refusal.sentence
     ratio = Topology(peer, decode).ratio
-    if peer.block_size != decode.block_size:
+    if peer.block_size != decode.block_size and not any_blocks:
         return (
             f"{ratio}: block size: prefill has {peer.block_size}, decode {decode.block_size}; "
             "set --block-size alike"

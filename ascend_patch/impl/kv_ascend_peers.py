@@ -187,13 +187,20 @@ class Decoder:
     """
 
     def __init__(
-        self, thread_class: type, side: Side, *, assumed_tp: int | None, assumed_pp: int
+        self,
+        thread_class: type,
+        side: Side,
+        *,
+        assumed_tp: int | None,
+        assumed_pp: int,
+        any_blocks: bool = False,
     ) -> None:
         import msgspec
 
         host = importlib.import_module(thread_class.__module__)
         self._decoder = msgspec.msgpack.Decoder(_with_field(host.MooncakeAgentMetadata))
-        self._side, self._assumed_tp, self._assumed_pp = side, assumed_tp, assumed_pp
+        self._side, self._assumed = side, (assumed_tp, assumed_pp)
+        self._any_blocks = any_blocks
         self.told: dict[str, tuple[Side, int | None]] = {}
 
     def decode(self, data: bytes) -> Any:
@@ -202,7 +209,7 @@ class Decoder:
         self.told.pop(found.engine_id, None)
         if told is not None:
             peer = kv_handshake.hear(told).side
-            reason = checks.heard(peer, self._side, self._assumed_tp, self._assumed_pp)
+            reason = checks.heard(peer, self._side, *self._assumed, any_blocks=self._any_blocks)
             if reason is not None:
                 raise kv_handshake.HandshakeError(reason)
             said = told.get(SAID_DECODE_TP)

@@ -33,10 +33,10 @@ def start(worker: Any, metadata: Any) -> None:
             del metadata.requests[request]
             _split(worker, request, meta)
             continue
-        refused = _refused(worker, request, meta)
-        if refused is not None:
+        wrong = refused(worker, request, meta)
+        if wrong is not None:
             del metadata.requests[request]
-            _decline(worker, request, meta, *refused)
+            _decline(worker, request, meta, *wrong)
 
 
 def takes_size(worker: Any) -> bool:
@@ -67,7 +67,7 @@ def _split(worker: Any, request: str, meta: Any) -> None:
     for rank in ranks:
         state.pulls[request, meta.remote_port + rank] = found, rank
     counts = {
-        meta.remote_port + rank: {"num": count, "host": _address(worker, meta, rank)[0]}
+        meta.remote_port + rank: {"num": count, "host": address(worker, meta, rank)[0]}
         for rank, count in enumerate(split.readers(found))
     }
     _queue(worker, request, meta, list(ranks), pulls=1, remote_port_send_num=counts)
@@ -88,7 +88,7 @@ def _plan(worker: Any, request: str, meta: Any) -> Plan | str:
     return found.sentence if isinstance(found, Refusal) else found
 
 
-def _refused(worker: Any, request: str, meta: Any) -> tuple[str, list[int]] | None:
+def refused(worker: Any, request: str, meta: Any) -> tuple[str, list[int]] | None:
     """Why a request is not pulled, and the prefill ranks that wait for this decode rank."""
     decode = getattr(worker, SIDE, None)
     if decode is None or meta.remote_pcp_size * meta.remote_dcp_size > 1:
@@ -135,7 +135,7 @@ def _first(ids: Any) -> Any:
     return ids[0] if isinstance(ids, tuple) else ids
 
 
-def _address(worker: Any, meta: Any, rank: int) -> tuple[str, str]:
+def address(worker: Any, meta: Any, rank: int) -> tuple[str, str]:
     """(host, engine) of a prefill rank."""
     found: tuple[str, str] = worker._get_remote_host_info_by_port(
         meta.remote_port,
@@ -154,7 +154,7 @@ def _queue(
     if takes_size(worker):
         more["remote_request_id"] = meta.remote_request_id
     for number, rank in enumerate(ranks):
-        host, engine = _address(worker, meta, rank)
+        host, engine = address(worker, meta, rank)
         worker.kv_recv_thread.add_request(
             request_id=request,
             local_block_ids=_first(meta.local_block_ids),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ascend_patch._registry import Band, Target
 from ascend_patch.patches._kv_ascend_0_11 import TARGETS as TARGETS_0_11
+from ascend_patch.patches._kv_ascend_0_23 import TARGETS as TARGETS_0_23
 from ascend_patch.patches._kv_vllm import FAILS as VLLM_FAILS
 
 OURS = "ascend_patch.impl.kv_ascend"
@@ -112,14 +113,15 @@ BANDS = (
         (*_targets(MOONCAKE_0_13), RUNNER_0_13),
     ),
     Band("vllm_ascend", "", ("0.11.0", "v0.11.0-dev"), TARGETS_0_11),
+    Band("vllm_ascend", "", ("0.23.0", "releases/v0.23.0"), TARGETS_0_23),
 )
 UNTOUCHED = (
     "vllm_ascend, decode TP above prefill TP: caches in the NZ format, under context parallel, "
     "quantised or of several kinds are refused when a server starts",
     "vllm_ascend 0.11.0: decode TP above prefill TP, which the release refuses when it starts; "
     "whether prefill is what decode's configuration says",
-    "vllm_ascend 0.23.0: it reports failures itself, and refuses decode TP above prefill TP when "
-    "it starts; which ranks it chooses is not checked",
+    "vllm_ascend 0.23.0: decode TP above prefill TP, which the release refuses when it starts; a "
+    "pull is not tried again",
     "vllm_ascend, ranks under context parallel (PCP, DCP), quantised caches and models with "
     "several kinds of cache: they are not checked; of the last, failures are not reported either, "
     "for their vLLM's scheduler takes one list of blocks",

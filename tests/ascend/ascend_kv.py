@@ -10,20 +10,17 @@ Import it in an environment's process, after a platform.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
-import socket
 import time
 from types import SimpleNamespace
 from typing import Any
 
-import ascend_kv_engine as ascend_kv_engine
 import torch
+from ascend_kv_engine import HOST, free_port
 from ascend_kv_heard import newest, oldest
 
 LAYERS, BLOCKS, TOKENS, WIDTH = 3, 12, 4, 8
-HOST = "127.0.0.1"
 POISON = -7.0
 ROLES = ("kv_producer", "kv_consumer")
 
@@ -46,6 +43,8 @@ NEWER = NAME.endswith("kv_p2p.mooncake_connector")
 host = importlib.import_module(NAME)
 # 0.11: prefill does not note its requests, and vLLM has no blocks that were not loaded.
 OLDEST = not hasattr(host.KVCacheTaskTracker, "add_req_to_process")
+# 0.23: it reports those itself.
+NEWEST = hasattr(host.KVCacheRecvingThread, "get_and_clear_invalid_block_ids")
 
 
 def paged_cache_load(k_cache, v_cache, table, _, *, seq_starts, key, value) -> None:
@@ -64,6 +63,7 @@ host.torch_npu = SimpleNamespace(
     _npu_reshape_and_cache=reshape_and_cache,
 )
 torch.npu.synchronize = lambda: None
+torch.npu.set_device = lambda _: None
 # While a thread starts, a worker sleeps three seconds.
 host.time = SimpleNamespace(
     time=time.time,
@@ -79,16 +79,6 @@ for size in ("get_pcp_group", "get_pp_group", "get_tp_group"):
     setattr(host, size, lambda: SimpleNamespace(world_size=1, rank_in_group=0))
 host.get_decode_context_model_parallel_world_size = lambda: 1
 host.get_decode_context_model_parallel_rank = lambda: 0
-
-
-def free_port(count: int) -> int:
-    """The first of `count` free ports in a row."""
-    for first in range(41000 + 97 * (time.time_ns() % 97), 60000, count):
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            for port in range(first, first + count):
-                stack.enter_context(socket.socket()).bind((HOST, port))
-            return first
-    raise AssertionError("no free ports")
 
 
 class Pair:
@@ -145,7 +135,10 @@ class Pair:
             engine_id=role,
         )
         text = SimpleNamespace(
-            num_key_value_heads=self.heads, num_hidden_layers=LAYERS, head_dim=WIDTH
+            num_key_value_heads=self.heads,
+            num_hidden_layers=LAYERS,
+            head_dim=WIDTH,
+            model_type="tiny",
         )
         return SimpleNamespace(
             kv_transfer_config=transfer,
@@ -161,7 +154,12 @@ class Pair:
             ),
             cache_config=SimpleNamespace(block_size=tokens),
             model_config=SimpleNamespace(
-                hf_text_config=text, hf_config=text, is_deepseek_mla=False, model="tiny"
+                hf_text_config=text,
+                hf_config=text,
+                is_deepseek_mla=False,
+                model="tiny",
+                get_total_num_hidden_layers=lambda: LAYERS,
+                get_total_num_kv_heads=lambda: self.heads,
             ),
             speculative_config=None,
             scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=True),

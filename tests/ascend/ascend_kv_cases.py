@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import ascend_kv_split as split
-from ascend_kv import HOST, NEWER, OLDEST, ROLES, TOKENS, Pair, free_port, host, scheduler
-from ascend_kv_engine import Engine
+from ascend_kv import NEWER, NEWEST, OLDEST, ROLES, TOKENS, Pair, host, scheduler
+from ascend_kv_engine import HOST, Engine, free_port
 from ascend_kv_pulled import LINES, LOCAL, REMOTE, pulled
 
 
@@ -107,6 +107,7 @@ def waited(seed: int) -> dict:
         told = {key: value for key, value in given.items() if key.startswith("ascend_patch")}
         blocks = SimpleNamespace(
             get_unhashed_block_ids=lambda: LOCAL,
+            get_block_ids=lambda: wrap(LOCAL),
             get_unhashed_block_ids_all_groups=lambda: wrap(LOCAL),
         )
         request = SimpleNamespace(
@@ -184,7 +185,7 @@ def choices() -> dict:
         worker = host.MooncakeConnectorWorker.__new__(host.MooncakeConnectorWorker)
         worker._prefill_tp_size, worker._decode_tp_size = prefill, decode
         worker._prefill_pp_size, worker.num_key_value_heads = 1, 128 if latent else heads
-        worker.use_sparse = False
+        worker.use_sparse = worker._has_mamba = False
         model = SimpleNamespace(is_deepseek_mla=latent)
         worker.vllm_config = SimpleNamespace(model_config=model)
         held = [max(1, heads // tp) for tp in (decode, prefill)]
@@ -205,6 +206,8 @@ def everything(seed: int, patched: bool) -> dict[str, Any]:
     """All cases, by name."""
     if OLDEST:
         return everything_oldest(seed, patched)
+    if NEWEST:
+        return everything_newest(seed)
     return {
         "ratios": ratios(seed),
         "engine fails once": engine_fails(seed, 1),
@@ -239,6 +242,20 @@ def everything_oldest(seed: int, patched: bool) -> dict[str, Any]:
         "silent peers": silent_peers(seed),
         "waited": waited(seed),
         "settings": settings(seed),
+        "starts": split.starts(seed),
+    }
+
+
+def everything_newest(seed: int) -> dict[str, Any]:
+    """All cases that 0.23 has, by name."""
+    return {
+        "ratios": ratios(seed),
+        "engine fails": engine_fails(seed, 40),
+        "8 -> 3": wrong_topology(seed, 8, 3),
+        "6 -> 4": wrong_topology(seed, 6, 4),
+        "other blocks": pulled(Pair(2, 2, 2, seed=seed, tokens=6), "one"),
+        "silent peers": silent_peers(seed),
+        "waited": waited(seed),
         "starts": split.starts(seed),
     }
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import os
+import socket
 import sys
+import time
 import types
 from typing import Any, ClassVar
+
+HOST = "127.0.0.1"
 
 
 class Engine:
@@ -48,3 +53,13 @@ else:
     package, engine = types.ModuleType("mooncake"), types.ModuleType("mooncake.engine")
     engine.TransferEngine = Engine  # type: ignore[attr-defined]
     sys.modules.update({"mooncake": package, "mooncake.engine": engine})
+
+
+def free_port(count: int) -> int:
+    """The first of `count` free ports in a row."""
+    for first in range(41000 + 97 * (time.time_ns() % 97), 60000, count):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind((HOST, port))
+            return first
+    raise AssertionError("no free ports")

@@ -14,7 +14,8 @@ import time
 from typing import Any
 
 import torch
-from ascend_kv import ROLES, Pair, free_port
+from ascend_kv import ROLES, Pair
+from ascend_kv_engine import free_port
 from ascend_kv_pulled import LINES, LOCAL, REMOTE
 
 SECONDS = 60.0

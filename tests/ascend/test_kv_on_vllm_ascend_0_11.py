@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 
 import pytest
 from ascend_case import BRANCHES, GENERATED, START, Host
-from ascend_kv_runs import ENDING, PATCH, both, opening, results
+from ascend_kv_runs import ENDING, PATCH, both, once, opening, results
 
 pytestmark = pytest.mark.slow
 
@@ -85,7 +84,7 @@ def test_settings_and_sizes(release):
         assert "must be greater than or equal to the decode_tp_size" in starts
 
 
-@functools.cache
+@once
 def schedulers(label: str, patches: str) -> dict:
     host = Host(label)
     code = START + (GENERATED if label in BRANCHES else "") + opening(host)

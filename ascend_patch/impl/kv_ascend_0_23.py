@@ -1,0 +1,127 @@
+"""vllm-ascend 0.23.0's MooncakeConnectorV1: checked before it pulls.
+
+The release reports blocks that were not loaded itself. It checks no more than the ones before it
+which ranks it reads from, and reads what prefill may have given to others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ascend_patch.impl import kv_ascend_checks as checks
+from ascend_patch.impl import kv_ascend_kept as kept
+from ascend_patch.impl import kv_ascend_peers as peers
+from ascend_patch.impl import kv_ascend_start as starts
+from ascend_patch.impl.kv_vllm_wire import log
+
+Wrapped = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+LINGER_MS = 1000
+
+
+def register_kv_caches(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
+    """MooncakeConnectorWorker.register_kv_caches: what a prefill rank says is heard."""
+    wrapped(*args, **kwargs)
+    thread = instance.kv_recv_thread
+    if thread is None or instance._is_hma_required:
+        return
+    side = checks.side_of(instance.vllm_config, instance.kv_caches, tp=instance.tp_size, pp=1)
+    setattr(instance, starts.SIDE, side)
+    if side is not None:
+        # Of the sizes of blocks the release takes care.
+        thread.decoder = peers.Decoder(
+            type(thread),
+            side,
+            assumed_tp=None,
+            assumed_pp=instance._prefill_pp_size,
+            any_blocks=True,
+        )
+
+
+def start_load_kv(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
+    """MooncakeConnectorWorker.start_load_kv: without the requests that it cannot pull."""
+    _start(wrapped, instance, *args, **kwargs)
+
+
+def _start(wrapped: Wrapped, worker: Any, metadata: Any) -> None:
+    thread = worker.kv_recv_thread
+    if thread is not None:
+        kept.note(thread, metadata.requests)
+        for request in metadata.reqs_in_batch:
+            thread.task_tracker.add_req_to_process(request)
+        for request, meta in list(metadata.requests.items()):
+            refused = starts.refused(worker, request, meta)
+            if refused is not None:
+                del metadata.requests[request]
+                _decline(worker, request, meta, *refused)
+    wrapped(metadata)
+
+
+def _decline(worker: Any, request: str, meta: Any, reason: str, ranks: list[int]) -> None:
+    """Nothing is read, the blocks are invalid, and those that wait for this rank may free them."""
+    log.error(
+        "kv pull of request %s by decode rank %d from %s (%s:%d): not begun: %s",
+        request,
+        worker.tp_rank,
+        meta.remote_engine_id,
+        meta.remote_host,
+        meta.remote_port,
+        reason,
+    )
+    thread = worker.kv_recv_thread
+    thread._mark_failed_recv_request(request, meta.local_block_ids)
+    if not ranks:
+        thread.task_tracker.update_done_task_count(request)
+        thread._clear_failed_recv_request(request)
+    for number, rank in enumerate(ranks):
+        host, engine = starts.address(worker, meta, rank)
+        thread.add_request(
+            request_id=request,
+            remote_request_id=meta.remote_request_id,
+            local_block_ids=([],),
+            remote_block_ids=([],),
+            group_pulls=[],
+            remote_engine_id=engine,
+            remote_host=host,
+            remote_handshake_port=meta.remote_port + rank,
+            all_task_done=number == len(ranks) - 1,
+        )
+
+
+def transfer_kv_cache_all_groups(
+    wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
+) -> None:
+    """KVCacheRecvingThread._transfer_kv_cache_all_groups: only while prefill keeps the blocks."""
+    _transfer(wrapped, instance, *args, **kwargs)
+
+
+def _transfer(wrapped: Wrapped, thread: Any, req_meta: dict[str, Any]) -> None:
+    request, wanted = req_meta["request_id"], any(req_meta["local_block_ids"])
+    if wanted:
+        kept.check(thread, request)
+    wrapped(req_meta)
+    if wanted:
+        kept.check(thread, request)
+
+
+def get_remote_socket(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
+    """KVCacheRecvingThread._get_remote_socket: one that nobody answers can be closed.
+
+    Its context ends with it, and waits for what was not sent: to a prefill rank that is gone for
+    ever, and its request with it.
+    """
+    import zmq
+
+    found = wrapped(*args, **kwargs)
+    found.setsockopt(zmq.LINGER, LINGER_MS)
+    return found
+
+
+def finished_recving(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> set[str]:
+    """KVCacheRecvingThread.get_and_clear_finished_requests: what has ended is forgotten."""
+    finished: set[str] = wrapped(*args, **kwargs)
+    kept.forget(instance, finished)
+    return finished
