@@ -1,6 +1,7 @@
 """Configurations of the models that upstream's tests name, as a Hugging Face cache holds them.
 
-The tests read sizes from them and load no weights; the hub is not asked.
+The tests read sizes from them and load no weights; the hub is not asked. Their schedulers want a
+tokenizer and ask it nothing: it knows two words.
 """
 
 from __future__ import annotations
@@ -10,6 +11,17 @@ from pathlib import Path
 from typing import Any
 
 REVISION = "0" * 40
+TOKENIZER: dict[str, Any] = {
+    "version": "1.0",
+    "truncation": None,
+    "padding": None,
+    "added_tokens": [],
+    "normalizer": None,
+    "pre_tokenizer": {"type": "Whitespace"},
+    "post_processor": None,
+    "decoder": None,
+    "model": {"type": "WordLevel", "vocab": {"unknown": 0, "known": 1}, "unk_token": "unknown"},
+}
 OPT: dict[str, Any] = {
     "architectures": ["OPTForCausalLM"],
     "model_type": "opt",
@@ -68,5 +80,10 @@ def write(home: Path) -> None:
         snapshot.mkdir(parents=True, exist_ok=True)
         (folder / "refs").mkdir(exist_ok=True)
         (folder / "refs/main").write_text(REVISION, encoding="utf-8")
-        text = json.dumps(configuration, indent=1)
-        (snapshot / "config.json").write_text(text, encoding="utf-8")
+        files = {
+            "config.json": configuration,
+            "tokenizer.json": TOKENIZER,
+            "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
+        }
+        for file, content in files.items():
+            (snapshot / file).write_text(json.dumps(content, indent=1), encoding="utf-8")

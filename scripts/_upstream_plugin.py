@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,8 @@ import pytest
 # What differs from run to run and says nothing: addresses, numbers, folders.
 VARIES = re.compile(r"0x[0-9a-f]+|\d+|(/[^\s/'\"]+)+/")
 LONGEST = 300
+# Some wait for threads of theirs that have failed.
+SECONDS = 120
 
 
 class Plugin:
@@ -53,9 +56,11 @@ class Plugin:
         self._let_forks_write()
         self._before = _calls()
         started = item.nodeid
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
         try:
             return (yield)
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             reached = _calls() - self._before
             self._tests.setdefault(started, {"outcome": "none", "why": ""})["calls"] = reached
             if nextitem is None or nextitem.path != item.path:
@@ -95,7 +100,12 @@ class Plugin:
             os.register_at_fork(after_in_child=runtime.current().state.write)
 
 
+def _too_long(*_: object) -> None:
+    raise TimeoutError("the test took too long")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    signal.signal(signal.SIGALRM, _too_long)
     for marker in ("slow", "cpu_test"):
         config.addinivalue_line("markers", marker)
     config.pluginmanager.register(Plugin(Path(os.environ["UPSTREAM_REPORT"])))

@@ -25,7 +25,7 @@ OPTIONS = (
     "-p",
     "no:cacheprovider",
     "-q",
-    "--tb=short",
+    "--tb=native",
     "-rN",
     "--continue-on-collection-errors",
 )

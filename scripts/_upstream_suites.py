@@ -46,13 +46,33 @@ VLLM_0_18 = Suite(
             "tests/v1/attention/test_gdn_metadata_builder.py",
             "tests/v1/attention/test_mamba_update_block_table.py",
             "tests/v1/worker/test_mamba_utils.py",
-            "tests/kernels/mamba/test_causal_conv1d.py",
-            "tests/kernels/test_fla_layernorm_guard.py",
         ),
-        "kv": ("tests/v1/kv_connector/unit",),
+        # Those of connectors that are packages of their own are left out.
+        "kv": tuple(
+            f"tests/v1/kv_connector/unit/test_{name}.py"
+            for name in (
+                "backwards_compatibility",
+                "cache_pollution_prevention",
+                "config",
+                "decode_bench_connector",
+                "error_propagation",
+                "invalid_blocks_correctness",
+                "kv_cache_layout",
+                "kv_connector_lifecycle",
+                "kv_load_failure_recovery",
+                "output_aggregator",
+                "remote_decode_lifecycle",
+                "remote_prefill_lifecycle",
+            )
+        ),
     },
     # The second device is the first one here; 8192 tokens are the same code 745 times slower.
-    choose={"rotary": "not cuda:1 and not 8192"},
+    choose={"rotary": "not cuda:1 and not 8192 and not qwen3_vl"},
+)
+
+WORDS = (
+    "the test is behind its release and calls it without `path`: a TypeError either way, which a "
+    "wrapper words otherwise"
 )
 
 SUITES: dict[str, dict[str, Suite]] = {
@@ -68,6 +88,10 @@ SUITES: dict[str, dict[str, Suite]] = {
                     "tests/ut/worker/test_block_table.py",
                 ),
                 "kv": ("tests/ut/kv_connector", "tests/ut/distributed/mooncake"),
+            },
+            differs={
+                "test_mooncake_connector.py::TestUtils::test_ensure_zmq_recv_success": WORDS,
+                "test_mooncake_connector.py::TestUtils::test_ensure_zmq_recv_timeout": WORDS,
             },
         ),
         "0.13.0": Suite(

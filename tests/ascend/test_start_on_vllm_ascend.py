@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 from ascend_case import START, WITH_TRITON, Host
 
-pytestmark = pytest.mark.slow
-
 RELEASES = ("0.13.0", "0.18.0")
 # Which processes a server has, and in which order each comes by its modules. A process of its own
 # for each; `fork` parts it, and the child goes on with what its parent has imported.
@@ -29,7 +27,7 @@ ORDERS = {
         *("plugins", "scheduler", "models", "platform", "worker", "backend"),
     ),
 }
-FORKED, ENGINE, LATE = ORDERS
+FORKED, ENGINE, _ = ORDERS
 
 ROTARY = "vllm_ascend.ops.rotary_embedding"
 GDN = "vllm_ascend.patch.worker.patch_"
@@ -46,13 +44,20 @@ NOT_IN_A_FRONT_END = (
 
 
 @functools.cache
-def found(release: str, order: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """What each process of a start was like, and what was left after its undo; a child first."""
+def found(
+    release: str, order: str, before: str = ""
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """What each process of a start was like, and what was left after its undo; a child first.
+
+    Args:
+        before: Code that runs before the first phase.
+    """
     phases = list(ORDERS[order])
     code = f"""
 sys.modules["soundfile"] = None
 {WITH_TRITON}
 import no_vision, json, ascend_start
+{before}
 found = ascend_start.start({phases!r})
 print()
 print(json.dumps(found))
@@ -64,17 +69,17 @@ print(json.dumps(found))
     return processes
 
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.parametrize("release", RELEASES),
-    pytest.mark.parametrize("order", ORDERS),
-]
+pytestmark = pytest.mark.slow
+each_start = pytest.mark.parametrize(
+    ("release", "order"), [(release, order) for release in RELEASES for order in ORDERS]
+)
 
 
 def applied(process: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {n: t for n, t in process["targets"].items() if t["state"] == "applied"}
 
 
+@each_start
 def test_the_shim_came_by_sitecustomize_and_each_patch_has_begun(release, order):
     for process, _ in found(release, order):
         assert (process["host"], process["door"]) == ("vllm_ascend", "sitecustomize")
@@ -85,6 +90,7 @@ def test_the_shim_came_by_sitecustomize_and_each_patch_has_begun(release, order)
             assert notes == [], "a module had been imported before its patch was armed"
 
 
+@each_start
 def test_each_target_is_ours_once_around_what_the_release_had(release, order):
     for process, _ in found(release, order):
         assert applied(process)
@@ -100,6 +106,7 @@ def test_each_target_is_ours_once_around_what_the_release_had(release, order):
             assert target["reason"] == "", (name, target["reason"])
 
 
+@each_start
 def test_what_waits_is_what_the_process_has_not_imported(release, order):
     first, *others = (process for process, _ in found(release, order))
     waiting = sorted(first["targets"].keys() - applied(first).keys())
@@ -111,6 +118,7 @@ def test_what_waits_is_what_the_process_has_not_imported(release, order):
         assert waiting == expected
 
 
+@each_start
 def test_targets_come_when_the_module_that_assigns_them_has_run(release, order):
     for process, _ in found(release, order):
         came = [name for _, _, names in process["events"] for name in names]
@@ -135,6 +143,7 @@ def test_targets_come_when_the_module_that_assigns_them_has_run(release, order):
                     assert phase_of[name] == "worker"
 
 
+@each_start
 def test_aliases_are_rebound(release, order):
     process, _ = found(release, order)[0]
     name = f"{GDN}qwen3_5:to_int64_tuple"
@@ -144,6 +153,7 @@ def test_aliases_are_rebound(release, order):
         assert name not in process["targets"]
 
 
+@each_start
 def test_undo_leaves_every_attribute_the_object_that_it_was(release, order):
     for process, after in found(release, order):
         assert after["wrong"] == []
@@ -153,3 +163,9 @@ def test_undo_leaves_every_attribute_the_object_that_it_was(release, order):
         methods = [t for t in applied(process).values() if t["kind"] != "operator"]
         assert after["changed"] >= len(methods)
         assert set(after["states"].values()) == {"reverted"}
+
+
+def test_an_alias_that_undo_forgets_is_seen():
+    forgets = "import ascend_patch._seams; ascend_patch._seams._rebind = lambda *_: None"
+    ((_, after),) = found("0.18.0", ENGINE, forgets)
+    assert after["still ours"] == [f"{GDN}qwen3_next:to_int64_tuple"]
