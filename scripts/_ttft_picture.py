@@ -38,6 +38,7 @@ def draw(rows: list[dict[str, str]]) -> Any:
         for panel, (prefill, decode) in zip(line, ratios, strict=True):
             here = [r for r in rows if r["layout"] == layout]
             here = [r for r in here if (r["prefill_tp"], r["decode_tp"]) == (prefill, decode)]
+            panel.set_visible(bool(here))
             curves(panel, here)
             panel.set(title=f"TP {prefill} -> {decode}, {layout}", xscale="log", yscale="log")
             panel.set_xlabel("MiB of KV, whole blocks")
