@@ -29,6 +29,7 @@ CORE: dict[Host, tuple[str, ...]] = {
         "vllm.model_executor.model_loader:get_model_loader",
         "vllm.plugins:load_general_plugins",
         "vllm.v1.executor.ray_executor:RayDistributedExecutor._init_workers_ray",
+        "vllm.v1.executor.ray_executor_v2:RayExecutorV2._build_runtime_env",
     ),
     "vllm_ascend": (),
 }
