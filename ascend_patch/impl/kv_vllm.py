@@ -213,7 +213,12 @@ def load_errors(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> 
     worker = getattr(instance, "connector_worker", None)
     receiver = getattr(worker, RECEIVER, None)
     found: set[int] = wrapped(*args, **kwargs)
-    return found if receiver is None else found | receiver.take_invalid()
+    if receiver is None:
+        return found
+    if isinstance(receiver, Receiver):
+        receiver.rest()
+    lost: set[int] = receiver.take_invalid()
+    return found | lost
 
 
 def bootstrap_start(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:

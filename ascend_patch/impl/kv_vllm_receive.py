@@ -19,6 +19,7 @@ from ascend_patch.impl.kv_vllm_wire import ASK, Ask, log
 from ascend_patch.kernels.kv_layout import Merge, Plan, Side, merge_head_shards_
 
 QUERY_S, SAME_S = 10.0, 0.2
+REST_S = 0.005
 
 
 class Receiver:
@@ -172,6 +173,15 @@ class Receiver:
             if on_device:
                 torch.accelerator.synchronize()
 
+    def rest(self) -> None:
+        """Leave the core to whoever sends, if this rank waits for KV and has computed nothing.
+
+        vLLM asks in a loop whether something has arrived, and its ranks poll for the question: on a
+        CPU they take the cores that prefill needs to send it, for tens of seconds.
+        """
+        if self._tasks and self.views[0].device.type == "cpu" and not _computes():
+            time.sleep(REST_S)
+
     def fail(self, pull: Pull, sentence: str) -> None:
         """Report a request's blocks as not loaded."""
         log.error("%s: failed: %s", pull.name, sentence)
@@ -190,3 +200,12 @@ class Receiver:
         with self._lock:
             found, self._invalid = self._invalid, set()
         return found
+
+
+def _computes() -> bool:
+    """Whether the step that is about to end ran the model; the worker's own thread asks."""
+    from vllm import forward_context
+
+    if not forward_context.is_forward_context_available():
+        return True
+    return forward_context.get_forward_context().attn_metadata is not None

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
+import time
+from types import SimpleNamespace
 
 import kv_ranks
 import pytest
 import torch
 from kv_ranks import D_BLOCKS, P_BLOCKS, RATIOS, World, wait_until
 
-from ascend_patch.impl import (
-    kv_vllm_push,
-)
+from ascend_patch.impl import kv_vllm, kv_vllm_push, kv_vllm_receive
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
@@ -136,3 +137,31 @@ def test_a_full_local_hit_frees_prefill_and_reports_nothing(kv_host, kv_lines) -
     asyncio.run(run())
     assert "prefill TP 2 -> decode TP 1, decode rank 0, from prefill server" in kv_lines.text
     assert "finished; it needed no blocks" in kv_lines.text
+
+
+def test_a_rank_that_waits_and_computes_nothing_leaves_its_core(kv_host, monkeypatch) -> None:
+    forward = importlib.import_module("vllm.forward_context")
+    rests: list[float] = []
+    nothing, model = (SimpleNamespace(attn_metadata=found) for found in (None, {"layer": 1}))
+
+    async def run() -> None:
+        async with World(kv_host, 2, 1) as world:
+            connector = SimpleNamespace(connector_worker=world.decode[0].worker)
+            setattr(connector.connector_worker, kv_vllm.RECEIVER, world.receivers[0])
+            step = lambda: kv_vllm.load_errors(lambda: {1}, connector, (), {})  # noqa: E731
+            # Only in the calls, not in what the loop does meanwhile.
+            sleeps = SimpleNamespace(**vars(time) | {"sleep": rests.append})
+            monkeypatch.setattr(kv_vllm_receive, "time", sleeps)
+            with forward.override_forward_context(nothing):
+                assert step() == {1}
+                assert not rests
+                await world.pull(1, D_BLOCKS)
+                assert step() == {1}
+                assert rests == [kv_vllm_receive.REST_S]
+            with forward.override_forward_context(model):
+                step()
+            # A release may end its steps outside.
+            step()
+            assert len(rests) == 1
+
+    asyncio.run(run())
