@@ -113,7 +113,7 @@ def main(order: dict) -> dict:
         [step[token].logprob for step, token in zip(a.logprobs, a.token_ids, strict=True)]
         for a in answers
     ]
-    said["spans"], said["posted"] = names, posted
+    said["spans"], said["posted"] = list(names), list(posted)
     said["wrapped"] = [is_wrapped(*place) for place in WRAPPED]
     said["patched"], said["reverted"] = {}, []
     if "ascend_patch" in sys.modules:
