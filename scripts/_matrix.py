@@ -22,7 +22,7 @@ import _env
 import _matrix_imports
 import _matrix_run
 import _matrix_table
-from _matrix_cases import CASES, RELEASES, Result, result_of
+from _matrix_cases import CASES, DEVICES, RELEASES, Result, result_of
 from _serve import interrupt
 from _server import ServerError
 from _system import SetupError, say
@@ -98,7 +98,7 @@ def run_release(release: str, *, again: bool) -> list[Result]:
                 env, release, device, logs / f"imports-{device}"
             ),
         )
-        for device in _matrix_imports.DEVICES
+        for device in DEVICES
     ]
     versions = results[0].versions
     for case in (case for case in CASES if case.release == release):

@@ -8,7 +8,9 @@ from typing import Any
 from _pair import FINE
 
 RELEASES = ("0.11.0", "0.17.0", "0.18.0", "0.23.0", "0.32.0")
-# Of torch's default for logprobs; what two right implementations differ by in float32 is less.
+# The modules that the patches change are imported as on each of these.
+DEVICES = ("cpu", "cuda", "emulated")
+# Of a logprob in float32; what two right implementations differ by is less.
 FLOAT32_LIMIT = 1e-4
 # Another implementation than vLLM's, which computes the whole text at once.
 TRANSFORMERS_LIMIT = 1e-3

@@ -14,7 +14,6 @@ from _disaggregated import engine_folder
 from _matrix_cases import DECIDED, Result, Seen
 from _system import SetupError
 
-DEVICES = ("cpu", "cuda", "emulated")
 IN_PART = "applied in part"
 IMPORT_SECONDS = 180
 

@@ -7,13 +7,15 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 
-from _matrix_cases import ITSELF, RELEASES, Result, Seen
+from _matrix_cases import CASES, DEVICES, ITSELF, RELEASES, Result, Seen
 
 VERSIONS = ("vllm", "torch", "transformers", "python")
 PLAIN = ("release", "what", "dtype", "verdict", "oracle", "steps", "other_tokens")
 NUMBERS = ("worst", "limit", "spoilt")
 LAST = ("date", "commit", "seconds", "why", "note")
 IMPORTS = "imports, "
+# What a server would decide too.
+ON_CPU = f"{IMPORTS}cpu"
 
 INTRODUCTION = """\
 # Releases and patches, run for real
@@ -115,9 +117,16 @@ def to_markdown(results: Iterable[Result]) -> str:
 
 
 def _missing(results: Sequence[Result]) -> str:
-    there = {result.release for result in results}
-    missing = [release for release in RELEASES if release not in there]
-    return f"Not run yet: {', '.join(missing)}.\n" if missing else ""
+    there = {(result.release, result.what) for result in results}
+    servers = [case.name for case in CASES if (case.release, case.model) not in there]
+    imports = [
+        f"{release} {IMPORTS}{device}"
+        for release in RELEASES
+        for device in DEVICES
+        if (release, f"{IMPORTS}{device}") not in there
+    ]
+    missing = "; ".join([*servers, *imports])
+    return f"Not run yet: {missing}.\n" if missing else ""
 
 
 def _patches(results: Sequence[Result]) -> str:
@@ -146,7 +155,7 @@ def _of_release(results: Sequence[Result], name: str) -> str:
             imported.setdefault(seen.state, []).append(result.what.removeprefix(IMPORTS))
     states = list(dict.fromkeys(r.patches[name].state for r in servers))
     if not states:
-        states = list(dict.fromkeys(r.patches[name].state for r in results if name in r.patches))
+        states = [r.patches[name].state for r in results if r.what == ON_CPU and name in r.patches]
     text = ", ".join(states) or "not seen"
     more = [f"imported ({', '.join(devices)}): {state}" for state, devices in imported.items()]
     return "; ".join([text, *more])
@@ -156,7 +165,7 @@ def _reasons(results: Sequence[Result]) -> str:
     """Say once why a patch is not applied, with the releases that it is so in."""
     releases: dict[tuple[str, str, str], list[str]] = {}
     for result in results:
-        if not result.what.startswith(IMPORTS):
+        if result.what == ON_CPU or not result.what.startswith(IMPORTS):
             for name, seen in result.patches.items():
                 if told(seen) and seen.reason:
                     key = (name, seen.state, seen.reason)
@@ -217,7 +226,7 @@ def _cell(result: Result, name: str) -> str:
 
 def told(seen: Seen) -> bool:
     """Whether the table says why."""
-    return seen.state not in ("applied", "armed")
+    return seen.state != "armed" and not seen.state.startswith("applied")
 
 
 def without_paths(text: str) -> str:

@@ -53,7 +53,9 @@ class Load:
         """Ask for as long as the block takes, and wait for the answers that are under way."""
         self._stop_now.clear()
         threads = [
-            threading.Thread(target=self._work, args=(self.seed + i,), name=f"load-{i}")
+            threading.Thread(
+                target=self._work, args=(self.seed + i,), name=f"load-{i}", daemon=True
+            )
             for i in range(self.threads)
         ]
         for thread in threads:
@@ -61,11 +63,12 @@ class Load:
         try:
             yield self
         finally:
+            # Whoever interrupts the block stops the server next, and waits for no answer.
             self._stop_now.set()
-            for thread in threads:
-                thread.join()
-            # Another block draws other requests.
-            self.seed += self.threads
+        for thread in threads:
+            thread.join()
+        # Another block draws other requests.
+        self.seed += self.threads
 
     def _work(self, seed: int) -> None:
         draw = random.Random(seed)

@@ -9,6 +9,8 @@ from statistics import median, quantiles
 from _server import Server
 
 TOKENS = 64
+# A machine that is slow has fewer rounds; of too few, quartiles say nothing.
+FEWEST, SECONDS = 4, 90.0
 PROMPT = "The people know how to make"
 
 
@@ -37,10 +39,17 @@ class Pace:
         )
 
 
-def measure(patched: Server, unpatched: Server, rounds: int) -> Pace:
-    """Return the pace of two servers that share a machine, with nothing else asked of them."""
+def measure(patched: Server, unpatched: Server, rounds: int, seconds: float = SECONDS) -> Pace:
+    """Return the pace of two servers that share a machine, with nothing else asked of them.
+
+    Args:
+        rounds: How many, or as many as end in `seconds`, and `FEWEST` at least.
+    """
     times: dict[bool, list[float]] = {True: [], False: []}
+    ends = time.monotonic() + seconds
     for turn in range(-1, rounds):
+        if turn >= FEWEST and time.monotonic() > ends:
+            break
         # Who is first changes, so that what drifts is not always the second one's.
         for which in (turn % 2 == 0, turn % 2 != 0):
             seconds = one_answer(patched if which else unpatched)

@@ -20,7 +20,7 @@ from server import Lab
 # With two starts, the comparison and the control, three and a half minutes at most.
 EVERY_DAY, LONG = 1.5, 30.0
 # Of a server that serves: tens of requests a minute in the smallest machine.
-FEWEST_REQUESTS = 60
+FEWEST_REQUESTS = 30
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -134,6 +135,45 @@ def test_answers_that_are_not_whole_are_noticed() -> None:
         _soak_load.check(plain, json.dumps({"choices": [done, none]}).encode())
 
 
+class Mute:
+    """A server that takes requests and never answers."""
+
+    def __enter__(self) -> Mute:
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+
+def test_whoever_interrupts_the_load_waits_for_no_answer() -> None:
+    with Mute() as server:
+        load = _soak_load.Load(server, seed=1, threads=2)
+
+        def interrupted() -> None:
+            with load.running():
+                time.sleep(0.5)
+                raise KeyboardInterrupt
+
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        assert time.monotonic() - began < 5
+
+
+def test_a_server_that_has_gone_is_a_failure_and_no_storm() -> None:
+    with Mute() as server:
+        pass
+    load = _soak_load.Load(server, seed=1, threads=2)
+    with load.running():
+        time.sleep(1.5)
+    assert load.failures
+    assert all("Connection refused" in failure for failure in load.failures)
+    assert len(load.failures) <= 6
+    assert not load.sent
+
+
 def test_the_pace_is_that_of_paired_rounds() -> None:
     # The machine slows down by half on the way; the difference stays.
     base = [100.0, 100.0, 150.0, 150.0, 150.0]
@@ -141,6 +181,24 @@ def test_the_pace_is_that_of_paired_rounds() -> None:
     assert found.added == 7
     assert found.quartiles == (7, 7)
     assert "+7 us a token" in str(found)
+
+
+@pytest.mark.parametrize(("rounds", "seconds", "done"), [(6, 60.0, 6), (50, 0.0, 4)])
+def test_a_slow_machine_has_fewer_rounds(monkeypatch, rounds, seconds, done) -> None:
+    asked = []
+
+    def one_answer(server: str) -> float:
+        asked.append(server)
+        return 0.128 if server == "patched" else 0.064
+
+    monkeypatch.setattr(_soak_pace, "one_answer", one_answer)
+    found = _soak_pace.measure("patched", "unpatched", rounds, seconds)
+    assert found.rounds == done
+    # One more, which warms both; and each is first as often as the other.
+    assert asked.count("patched") == asked.count("unpatched") == done + 1
+    assert abs(asked[2::2].count("patched") - asked[2::2].count("unpatched")) <= 1
+    assert found.patched == pytest.approx(2000)
+    assert found.unpatched == pytest.approx(1000)
 
 
 def a_run(state: str = "applied", problems: tuple[str, ...] = ()) -> dict:
