@@ -100,12 +100,29 @@ class Plugin:
             os.register_at_fork(after_in_child=runtime.current().state.write)
 
 
+def _keep_contexts() -> None:
+    """Where a context is collected, ZeroMQ waits for ever for what threads have left open."""
+    try:
+        import zmq
+    except ImportError:
+        return
+    kept: list[Any] = []
+    original = zmq.Context.__init__
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        kept.append(self)
+
+    zmq.Context.__init__ = __init__
+
+
 def _too_long(*_: object) -> None:
     raise TimeoutError("the test took too long")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGALRM, _too_long)
+    _keep_contexts()
     for marker in ("slow", "cpu_test"):
         config.addinivalue_line("markers", marker)
     config.pluginmanager.register(Plugin(Path(os.environ["UPSTREAM_REPORT"])))
