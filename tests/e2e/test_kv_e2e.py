@@ -31,9 +31,8 @@ slow = pytest.mark.slow
 
 DOWN, UP, SAME, TWO = Sizes(2, 1), Sizes(1, 2), Sizes(1, 1), Sizes(2, 2)
 RATIOS = [
-    # None of them is an everyday one: on two cores that are busy otherwise both servers poll, and a
-    # push waits for its turn for seconds. Every day the same is seen between processes without a
-    # model (test_kv_processes_e2e).
+    # None of them is an everyday one: two servers take minutes to start where the cores are busy.
+    # Every day the same is seen between processes without a model (test_kv_processes_e2e).
     *(
         pytest.param(setup, id=name, marks=slow)
         for name, setup in {
