@@ -76,7 +76,7 @@ MOCKED = {
         "its kv_connector_extra_config is a mock, and ours refuses a setting that is no number"
     ),
     f"{MOONCAKE}TestCoreFunctionality::test_transfer_kv_cache": (
-        "its receiving thread has registered no caches, by which ours has its settings; a pull that "
+        "its receiving thread has registered no caches and so has no settings of ours; a pull that "
         "ours knows nothing of fails, and is not taken for done"
     ),
     f"{MOONCAKE}TestMooncakeConnectorSchedulerMatchedTokens::test_build_connector_meta": (

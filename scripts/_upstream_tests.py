@@ -38,6 +38,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("host", nargs="?", choices=[*SUITES, "all"], default="all", help="default: all")
     add("--release", help="one release; default: all of " + _known())
     add("--area", action="append", choices=("rotary", "attention", "gdn", "kv"), help="repeatable")
+    add("--tests", default="", metavar="EXPRESSION", help="fewer of them, as pytest's -k has it")
     sources = "a checkout or an unpacked sdist, in place of the package index"
     add("--sources", type=Path, metavar="DIR", default=None, help=sources)
     add("--write", action="store_true", help=f"write {DOCUMENT.relative_to(_env.CHECKOUT)}")
@@ -52,7 +53,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"there is no suite for {args.host} {args.release}; there is {_known()}")
     if args.sources is not None and len(chosen) != 1:
         parser.error("--sources is of one release: name the host, and --release")
-    if args.write and (args.area or args.host != "all" or args.release):
+    if args.write and (args.area or args.tests or args.host != "all" or args.release):
         parser.error("--write is of everything")
     args.chosen = chosen
     return args
@@ -69,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
         folder = _upstream_sources.tests_of(suite.distribution, release, args.sources)
         pair = _upstream_run.pair_of(host, release)
         for area in args.area or suite.areas:
-            choose = suite.choose.get(area, "")
+            chosen = [f"({e})" for e in (suite.choose.get(area, ""), args.tests) if e]
+            choose = " and ".join(chosen)
             paths = [path for path in suite.areas[area] if (folder / path).exists()]
             if not paths:
                 raise SetupError(f"{folder} holds none of {', '.join(suite.areas[area])}")

@@ -17,6 +17,8 @@ from _upstream_suites import SUITES
 
 COMMAND = CHECKOUT / "scripts/upstream_tests"
 QUICK = ("vllm", "0.18.0", "rotary")
+# One dtype and one head size, in every layout, style and width.
+QUICK_TESTS = "test_rotary_embedding and dtype0 and 64"
 
 
 def run(*arguments: str, seconds: int) -> str:
@@ -43,9 +45,10 @@ def test_vllm_s_tests_of_rope_end_as_they_do_unpatched():
             f"missing: the tests of {distribution} {release} in the cache; "
             f"`scripts/upstream_tests {host}` fetches them"
         )
-    tests, calls = counted(run(host, "--release", release, "--area", area, seconds=600))
-    assert tests > 100
-    assert calls > tests
+    chosen = ("--release", release, "--area", area, "--tests", QUICK_TESTS)
+    tests, calls = counted(run(host, *chosen, seconds=600))
+    assert tests > 20
+    assert calls >= tests
 
 
 @pytest.mark.slow
