@@ -253,8 +253,8 @@ def test_compiled_is_eager_and_has_one_node(band, installations, config, name, s
 
 
 def test_a_revert_gives_the_originals_back(band, seed):
-    from ascend_patch._registry import Symbol
     from ascend_patch._installation import owner_of
+    from ascend_patch._registry import Symbol
 
     def found():
         pairs = {t.symbol: owner_of(Symbol.parse(t.symbol)) for t in band.targets}
