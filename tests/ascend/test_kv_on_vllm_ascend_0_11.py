@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from ascend_case import BRANCHES, GENERATED, START, Host
-from ascend_kv_runs import ENDING, PATCH, both, once, opening, results
+from ascend_case import BRANCHES, START, Host
+from ascend_kv_runs import BUILT, ENDING, PATCH, both, once, opening, results
 
 pytestmark = pytest.mark.slow
 
@@ -87,7 +87,7 @@ def test_settings_and_sizes(release):
 @once
 def schedulers(label: str, patches: str) -> dict:
     host = Host(label)
-    code = START + (GENERATED if label in BRANCHES else "") + opening(host)
+    code = START + (BUILT if label in BRANCHES else "") + opening(host)
     code += f"import ascend_kv_oldest\nfound = ascend_kv_oldest.everything({patches == PATCH})"
     return json.loads(host.run(code + ENDING, patches=patches).strip().splitlines()[-1])
 
