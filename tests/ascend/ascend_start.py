@@ -207,8 +207,7 @@ def report() -> dict[str, Any]:
 def _look(target: Target) -> dict[str, Any]:
     """What a place holds: how many layers of ours, around what, and who else has the original."""
     if target.operator:
-        kernels = _kernels(target.operator)
-        return {"kind": "operator", "changed": kernels != before[target.id]}
+        return {"kind": "operator", "changed": _kernels(target.operator) != before[target.id]}
     owner, original = before[target.id]
     same_owner = owner is _owner(target)
     held = vars(owner).get(target.place.qualname.rpartition(".")[2])
