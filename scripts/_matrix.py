@@ -119,6 +119,8 @@ def write(out: Path, results: list[Result]) -> None:
     rows = _matrix_table.merged(before, results)
     out.mkdir(parents=True, exist_ok=True)
     data.write_text(_matrix_table.to_csv(rows))
+    # From what was written, which names no folder of this machine.
+    rows = _matrix_table.from_csv(data.read_text())
     (out / "matrix.md").write_text(_matrix_table.to_markdown(rows))
 
 

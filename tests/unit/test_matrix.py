@@ -93,6 +93,15 @@ def test_no_folder_of_this_machine_is_written() -> None:
     assert "/some/where" not in text
 
 
+def test_both_forms_of_the_table_are_the_same_and_name_no_folder(tmp_path) -> None:
+    _matrix.write(tmp_path, [a_result(verdict="not served", why="OSError: '/root/x/y.py' is gone")])
+    rows = table.from_csv((tmp_path / "matrix.csv").read_text())
+    text = (tmp_path / "matrix.md").read_text()
+    assert text == table.to_markdown(rows)
+    assert "/root" not in text
+    assert "OSError: 'y.py' is gone" in text
+
+
 def test_rows_of_releases_that_are_not_run_stay() -> None:
     before = [a_result("0.11.0", seconds=1), a_result("0.18.0", seconds=1)]
     rows = table.merged(before, [a_result("0.18.0", seconds=2), a_result("0.9.1")])
