@@ -62,6 +62,16 @@ def transfers(lab) -> TransferLab:
     return TransferLab(lab)
 
 
+def _limit(setup: Transfer) -> float:
+    """How far a pair may be from one server.
+
+    Not at all with as many ranks. But decode computes the prompt's last token by itself, and the
+    emulated device's products then have another shape, and other roundings.
+    """
+    equal = setup.sizes.prefill == setup.sizes.decode
+    return 0 if equal and not setup.emulated else TOLERANCE
+
+
 @pytest.mark.parametrize("setup", RATIOS)
 def test_a_pair_says_what_one_server_says(transfers, setup, measured) -> None:
     with transfers.pair(setup) as (pair, faults):
@@ -70,7 +80,7 @@ def test_a_pair_says_what_one_server_says(transfers, setup, measured) -> None:
         found = kv_servers.follow(Asked(pair), alone)
         hits = pair.decode.metric(kv_servers.HITS) - before
         difference = logprobs.compare(alone, found)
-        equal = setup.sizes.prefill == setup.sizes.decode
+        limit = _limit(setup)
         measured.append(
             f"{setup.name()}: logprobs within {difference.worst:.2g} of one server's, "
             f"{hits:.0f} tokens transferred"
@@ -78,7 +88,7 @@ def test_a_pair_says_what_one_server_says(transfers, setup, measured) -> None:
         # Hits alone prove nothing, but without any there was nothing to prove.
         assert hits >= sum(LENGTHS)
         assert difference.unlike == 0
-        assert difference.worst <= (0 if equal else TOLERANCE)
+        assert difference.worst <= limit
 
         together = kv_servers.at_once(pair.prefill, MIXED)
         same = kv_servers.at_once(Asked(pair), MIXED)
@@ -90,7 +100,7 @@ def test_a_pair_says_what_one_server_says(transfers, setup, measured) -> None:
 
         (faults / "fault").write_text("messages")
         unreliable = kv_servers.follow(Asked(pair), alone[1:4])
-        assert logprobs.compare(alone[1:4], unreliable).worst <= (0 if equal else TOLERANCE)
+        assert logprobs.compare(alone[1:4], unreliable).worst <= limit
 
         if setup.kv_heads // setup.sizes.decode > 1:
             (faults / "fault").write_text("swap")
