@@ -97,7 +97,8 @@ class _Operators(TorchDispatchMode):
             self._found[READS[func]] += 1
         elif func in BY_MASK:
             masks = [x for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)]
-            self._found["by mask"] += bool(masks)
+            if masks:
+                self._found["by mask"] += 1
         elif func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None:
             self._found["repeat_interleave"] += 1
 
