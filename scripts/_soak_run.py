@@ -26,13 +26,15 @@ LEAK = 2 * MIB  # bytes a second, in each process of vLLM's
 CONTROL_SECONDS = 24.0
 SAY_SECONDS = 15.0
 DRAIN_SECONDS = 120.0
+# Before memory is watched: until every size of a step has been there. Seen to level after 650.
+WARM_REQUESTS, WARM_SECONDS = 1000, 90.0
 CANARIES = ("The people know how to make", "one two three four five six seven")
 # vLLM's own counters.
 GENERATED, READ = "vllm:generation_tokens_total", "vllm:prompt_tokens_total"
 RUNNING, WAITING = "vllm:num_requests_running", "vllm:num_requests_waiting"
 # Few blocks, so that each is soon used: the cache's pages are resident from then on, and requests
-# are preempted. Small steps, since oneDNN keeps a kernel for each number of tokens that a step had:
-# with any number of them a server, patched or not, grows for minutes by what it keeps.
+# are preempted. Small steps: with any number of tokens in a step a server grew for minutes, with 64
+# for twenty seconds; oneDNN seems to keep a kernel for each number.
 ARGUMENTS = (
     *("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"),
     *("--num-gpu-blocks-override", "48", "--max-num-seqs", "16"),
@@ -122,6 +124,11 @@ def _run(
 ) -> None:
     load = Load(patched, report.seed)
     before = _canaries(patched)
+    with load.running():
+        ends = time.monotonic() + WARM_SECONDS
+        while load.sent.total() < WARM_REQUESTS and time.monotonic() < ends:
+            time.sleep(0.5)
+    say(f"warm after {load.sent.total()} requests")
     with _watched(patched) as watch, load.running():
         _wait(patched, load, report, 60 * report.minutes)
     _drained(patched, report)
