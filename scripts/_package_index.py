@@ -89,7 +89,7 @@ def find_pip() -> list[str]:
     for command in choices:
         if run([*command, "--version"]).returncode == 0:
             return command
-    raise Problem("there is no pip; install it, or give an unpacked tree with --from DIR")
+    raise Problem("there is no pip; install it, or give an unpacked tree or a checkout")
 
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
@@ -245,7 +245,15 @@ def pip_download(
 
 
 def sdist_tree(pip: list[str], requirement: str, host: str, scratch: Path) -> Path | None:
-    """The unpacked sdist of a requirement.
+    """The folder of an sdist's package, for its `.py` files; None where there is no sdist."""
+    work, _ = unpacked_sdist(pip, requirement, scratch)
+    folders = {file.parent.parent for file in work.rglob(f"{host}/__init__.py")}
+    # The shallowest one: a test of the sdist may hold a package of the same name.
+    return min(folders, key=lambda folder: len(folder.parts), default=None)
+
+
+def unpacked_sdist(pip: list[str], requirement: str, scratch: Path) -> tuple[Path, str]:
+    """A folder that holds the unpacked sdist of a requirement somewhere; and what pip said.
 
     `pip download` always asks an sdist's build backend for metadata, which for vllm-ascend needs
     an NPU machine, and would run its setup.py. So the backend is made to fail at once, and pip to
@@ -258,8 +266,6 @@ def sdist_tree(pip: list[str], requirement: str, host: str, scratch: Path) -> Pa
         (stub / package / "__init__.py").write_text("raise ImportError('only unpacking')\n")
     command = [*pip, "download", "--disable-pip-version-check", "--no-deps", "--quiet"]
     command += ["--no-clean", "--no-build-isolation", "--no-binary=:all:", "--dest", str(work)]
-    run([*command, requirement], TMPDIR=str(work), PYTHONPATH=str(stub))
+    said = run([*command, requirement], TMPDIR=str(work), PYTHONPATH=str(stub)).stderr
     shutil.rmtree(stub)
-    folders = {file.parent.parent for file in work.rglob(f"{host}/__init__.py")}
-    # The shallowest one: a test of the sdist may hold a package of the same name.
-    return min(folders, key=lambda folder: len(folder.parts), default=None)
+    return work, said

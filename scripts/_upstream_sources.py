@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -12,13 +10,11 @@ from pathlib import Path
 import _env
 import _installer
 import _upstream_models
+from _package_index import Problem, find_pip, last_line, unpacked_sdist
 from _system import SetupError, say
 
 REQUIREMENTS = _env.SCRIPTS / "requirements-upstream.txt"
 MARKER = "ascend-patch-complete"
-DOWNLOAD_SECONDS = 600
-# The build backends that the two distributions name. None of them is needed to unpack one.
-BACKENDS = ("setuptools", "hatchling", "flit_core", "poetry")
 
 
 def tests_of(distribution: str, release: str, given: Path | None) -> Path:
@@ -74,45 +70,16 @@ def models() -> Path:
 
 
 def _download(distribution: str, release: str, scratch: Path) -> Path:
-    """Unpack a source distribution.
-
-    pip asks an sdist's build backend for metadata even where it only downloads, which runs its
-    setup.py, and that of vllm-ascend needs an NPU machine. So the backend is made to fail at
-    once, and pip to leave what it has unpacked.
-    """
+    """Unpack a source distribution."""
     say(f"fetching the tests of {distribution} {release}")
-    stub = scratch / "stub"
-    for package in BACKENDS:
-        (stub / package).mkdir(parents=True)
-        (stub / package / "__init__.py").write_text("raise ImportError('only unpacking')\n")
-    command = [*_pip(), "download", "--disable-pip-version-check", "--no-deps", "--quiet"]
-    command += ["--no-clean", "--no-build-isolation", "--no-binary=:all:", "--dest", str(scratch)]
-    done = subprocess.run(
-        [*command, f"{distribution}=={release}"],
-        env={**os.environ, "TMPDIR": str(scratch), "PYTHONPATH": str(stub)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=DOWNLOAD_SECONDS,
-        check=False,
-    )
-    shutil.rmtree(stub)
-    found = [file.parent for file in scratch.rglob("PKG-INFO") if (file.parent / "tests").is_dir()]
+    try:
+        work, said = unpacked_sdist(find_pip(), f"{distribution}=={release}", scratch)
+    except Problem as problem:
+        raise SetupError(f"{problem}; or name a checkout with --sources DIR") from None
+    found = [file.parent for file in work.rglob("PKG-INFO") if (file.parent / "tests").is_dir()]
     if not found:
-        last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
         raise SetupError(
-            f"the source distribution of {distribution} {release} could not be had ({last}); give "
-            "a checkout of the release with --sources DIR"
+            f"the source distribution of {distribution} {release} could not be had "
+            f"({last_line(said)}); give a checkout of the release with --sources DIR"
         )
     return min(found, key=lambda folder: len(folder.parts))
-
-
-def _pip() -> list[str]:
-    """The pip of this interpreter, or the one on PATH: virtual environments may have none."""
-    choices = [[sys.executable, "-m", "pip"]]
-    choices += [[path] for path in map(shutil.which, ("pip3", "pip")) if path]
-    for command in choices:
-        tried = [*command, "--version"]
-        if subprocess.run(tried, capture_output=True, check=False).returncode == 0:
-            return command
-    raise SetupError("there is no pip; install it, or give a checkout with --sources DIR")
