@@ -91,20 +91,19 @@ SILENT = (
     "its poller is a mock without an answer; ours asks the socket, which is a mock that has one"
 )
 
+ASCEND_AREAS = {
+    "rotary": ("tests/ut/ops/test_rotary_embedding.py",),
+    "attention": ("tests/ut/attention", "tests/ut/compilation"),
+    "gdn": ("tests/ut/patch/worker/patch_common", "tests/ut/worker/test_block_table.py"),
+    "kv": ("tests/ut/kv_connector", "tests/ut/distributed/mooncake"),
+}
+
 SUITES: dict[str, dict[str, Suite]] = {
     "vllm": {"0.18.0": VLLM_0_18},
     "vllm_ascend": {
         "0.18.0": Suite(
             distribution="vllm-ascend",
-            areas={
-                "rotary": ("tests/ut/ops/test_rotary_embedding.py",),
-                "attention": ("tests/ut/attention", "tests/ut/compilation"),
-                "gdn": (
-                    "tests/ut/patch/worker/patch_common",
-                    "tests/ut/worker/test_block_table.py",
-                ),
-                "kv": ("tests/ut/kv_connector", "tests/ut/distributed/mooncake"),
-            },
+            areas=ASCEND_AREAS,
             differs={
                 **MOCKED,
                 f"{MOONCAKE}TestUtils::test_ensure_zmq_recv_success": WORDS,
@@ -113,15 +112,7 @@ SUITES: dict[str, dict[str, Suite]] = {
         ),
         "0.13.0": Suite(
             distribution="vllm-ascend",
-            areas={
-                "rotary": ("tests/ut/ops/test_rotary_embedding.py",),
-                "attention": ("tests/ut/attention", "tests/ut/compilation"),
-                "gdn": (
-                    "tests/ut/patch/worker/patch_common",
-                    "tests/ut/worker/test_block_table.py",
-                ),
-                "kv": ("tests/ut/kv_connector", "tests/ut/distributed/mooncake"),
-            },
+            areas=ASCEND_AREAS,
             differs={**MOCKED, f"{MOONCAKE}TestUtils::test_ensure_zmq_recv_timeout": SILENT},
         ),
     },
