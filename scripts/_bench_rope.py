@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from _pictures import can_draw
 from _rope_rivals import CUDA_SOURCE, EMPTY_SOURCE, copy, native
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -259,14 +260,10 @@ def write_csv(
 
 def plot(path: Path, rows: list[dict[str, Any]], facts: dict[str, str]) -> None:
     """Time over tokens, a panel for each head shape; needs matplotlib, says so if it is missing."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        print("matplotlib is not installed: no plot is written")
+    if not can_draw():
         return
+    from matplotlib import pyplot
+
     figure, panels = pyplot.subplots(1, len(SHAPES), figsize=(4.2 * len(SHAPES), 4), sharey=True)
     for panel, shape in zip(panels, SHAPES, strict=True):
         here = [r for r in rows if tuple(r[c] for c in COLUMNS[:4]) == shape]

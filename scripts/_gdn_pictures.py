@@ -6,6 +6,8 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from _pictures import can_draw
+
 FACTS = ("device", "torch", "triton", "commit")
 LONG = ("1x2048", "1x8192", "1x32768")
 COLOURS = {"host": "tab:blue", "device": "tab:green", "queued": "lightgrey"}
@@ -13,12 +15,7 @@ COLOURS = {"host": "tab:blue", "device": "tab:green", "queued": "lightgrey"}
 
 def write(folder: Path) -> None:
     """A picture of each CSV file in ``folder``; a line where there is no matplotlib."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-    except ImportError:
-        print("matplotlib is not installed: no plot is written")
+    if not can_draw():
         return
     for name, draw in (("gdn", times), ("gdn_timeline", timeline)):
         if (folder / f"{name}.csv").exists():

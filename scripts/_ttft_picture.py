@@ -7,6 +7,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from _pictures import can_draw
+
 FACTS = ("device", "cpu", "vllm", "torch", "mooncake", "commit")
 COLOURS = {"pair": "tab:blue", "pair, unpatched": "tab:orange", "prefill alone": "tab:green"}
 COLOURS |= {"decode alone": "tab:grey"}
@@ -14,12 +16,7 @@ COLOURS |= {"decode alone": "tab:grey"}
 
 def write(folder: Path) -> None:
     """Draw kv_ttft.csv of `folder` beside it; a line where there is no matplotlib."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-    except ImportError:
-        print("matplotlib is not installed: no plot is written")
+    if not can_draw():
         return
     with (folder / "kv_ttft.csv").open() as file:
         rows = list(csv.DictReader(file))
