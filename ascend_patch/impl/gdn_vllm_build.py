@@ -236,8 +236,10 @@ class _Batch:
 
     def decode(self, fields: dict[str, Any]) -> None:
         """Empty the slots of requests that begin and are taken for decode."""
+        if not fields["num_decodes"]:
+            return
         rows = gdn_begin.rows(self.common, self.starts)
-        if fields["num_decodes"] and len(rows):
+        if len(rows):
             (sent,) = self._send(rows)
             gdn_begin.empty(self.builder, self.table[:, 0].index_select(0, sent))
 
