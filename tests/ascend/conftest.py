@@ -7,3 +7,5 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "scripts")]
+# What compiles for Ascend.
+sys.path.append(str(HERE.parent / "kernels"))

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+import ascend_child
 import pytest
 from environment import Environment
 
@@ -19,13 +19,6 @@ from ascend_patch.impl import rotary_ascend
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-PYTHON = os.environ.get("ASCEND_TRITON_PYTHON", sys.executable)
-NEEDED = "triton-ascend 3.2.0 and ascendnpu-ir 1.2.0"
-PROBE = (
-    "import importlib.util as u, os; s = u.find_spec('triton'); "
-    "assert u.find_spec('ascendnpuir'); "
-    "assert os.path.isdir(s.submodule_search_locations[0] + '/backends/ascend')"
-)
 
 # The module alone: what it imports of vLLM and vllm-ascend is not needed to compile a kernel.
 COMPILE = """
@@ -98,15 +91,14 @@ CASES = [
     [("0.18.0", rotary_ascend.fits_whole), ("0.23.0", rotary_ascend.fits_tiled)],
 )
 def test_ours_takes_what_the_release_s_kernel_does_not_compile_for(release, fits):
-    if subprocess.run([PYTHON, "-c", PROBE], capture_output=True).returncode:
-        pytest.skip(f"{NEEDED} are not installed for {PYTHON} (ASCEND_TRITON_PYTHON)")
+    ascend_child.needs_compiler()
     environment = Environment(release)
     environment.build()
     (source,) = environment.folder.glob(
         "venv/lib/python3*/site-packages/vllm_ascend/ops/triton/rope.py"
     )
     done = subprocess.run(
-        [PYTHON, "-c", COMPILE, str(source), json.dumps(CASES)],
+        [ascend_child.PYTHON, "-c", COMPILE, str(source), json.dumps(CASES)],
         env={**os.environ, "PYTHONPATH": str(ROOT / "tests/kernels")},
         capture_output=True,
         text=True,

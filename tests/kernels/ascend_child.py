@@ -24,13 +24,18 @@ PROBE = (
 ARCHITECTURES = ["Ascend910B1", "Ascend910B3", "Ascend910B4", "Ascend910_9391"]
 
 
+def needs_compiler() -> None:
+    """Skip the test where `PYTHON` has no compiler for Ascend."""
+    if subprocess.run([PYTHON, "-c", PROBE], capture_output=True).returncode:
+        pytest.skip(f"{NEEDED} are not installed for {PYTHON} (ASCEND_TRITON_PYTHON)")
+
+
 def found_by(script: str, *arguments: str, architecture: str = "Ascend910B3") -> dict[str, Any]:
     """What a script prints last: {"versions": of the compiler, "rows": {case: what it found}}.
 
     Skips the test where there is no compiler.
     """
-    if subprocess.run([PYTHON, "-c", PROBE], capture_output=True).returncode:
-        pytest.skip(f"{NEEDED} are not installed for {PYTHON} (ASCEND_TRITON_PYTHON)")
+    needs_compiler()
     path = os.pathsep.join((str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")))
     environment = {**os.environ, "PYTHONPATH": path, "TRITON_ASCEND_ARCH": architecture}
     environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
