@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CHILD = Path(__file__).with_name("_engine_child.py")
 
 COLUMNS = ("mode", "dtype", "patches", "round", "what", "equal_tokens", "tokens_s")
-COLUMNS += ("seconds_p50", "seconds_max", "waits", "reads")
+COLUMNS += ("seconds_p50", "seconds_max", "steps", "waits", "reads")
 
 
 def main(argv: list[str]) -> int:
@@ -97,7 +97,7 @@ def compare(arguments: argparse.Namespace, folder: str) -> int:
         print(f"  {model.control}: {control_same:.1%}, apart {control_apart:.2e}", flush=True)
         if same < 1 and model.answers == "float32":
             wrong.append(f"{mode}: {1 - same:.1%} of the greedy tokens differ")
-        if apart * 3 > control_apart:
+        if not apart * 3 < control_apart:
             wrong.append(f"{mode}: {apart:.2e} apart, and the control no more than three times it")
         if control_same > 0.9:
             wrong.append(f"{mode}: the control answers the same; this model cannot tell")
@@ -121,7 +121,10 @@ def compare(arguments: argparse.Namespace, folder: str) -> int:
 
 
 def agreement(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
-    """Share of equal greedy tokens, and the largest distance of the first log-probabilities."""
+    """Share of equal greedy tokens, and the largest distance of the first log-probabilities.
+
+    Those are of the five likeliest tokens of `one`, each of which `other` has among its twenty.
+    """
     pairs = [
         a == b
         for mine, theirs in zip(one["tokens"], other["tokens"], strict=True)
