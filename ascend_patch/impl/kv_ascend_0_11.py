@@ -16,13 +16,14 @@ from ascend_patch.impl import kv_ascend_checks as checks
 from ascend_patch.impl import kv_ascend_failures as failures
 from ascend_patch.impl import kv_ascend_kept as kept
 from ascend_patch.impl import kv_ascend_peers as peers
+from ascend_patch.impl import kv_ascend_start as starts
 from ascend_patch.impl.kv_vllm_wire import log
 
 Wrapped = Callable[..., Any]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
-SIDE, FAILED = "ascend_patch_side", "ascend_patch_failed"
+FAILED = "ascend_patch_failed"
 # Requests of this worker that have ended without their blocks.
 _ended: set[str] = set()
 _lock = threading.Lock()
@@ -148,7 +149,7 @@ def register_kv_caches(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwar
     thread = instance.kv_recv_thread
     if thread is not None:
         side = checks.side_of(instance.vllm_config, instance.kv_caches, tp=instance.tp_size, pp=1)
-        setattr(instance, SIDE, side)
+        setattr(instance, starts.SIDE, side)
         kv_ascend.prepare(thread, settings)
 
 
@@ -171,31 +172,21 @@ def _start(wrapped: Wrapped, worker: Any, metadata: Any) -> None:
 
 def _refused(worker: Any, request: str) -> tuple[str, list[int]] | None:
     """Why a request is not pulled, and the prefill ranks that wait for this decode rank."""
-    decode = getattr(worker, SIDE, None)
+    decode = getattr(worker, starts.SIDE, None)
     if decode is None:
         return None
     prefill = checks.peer_side(decode, tp=worker._prefill_tp_size, pp=1, partition=None)
-    try:
-        chosen = worker._get_remote_tp_ranks_for_req(request)
-    except (ValueError, IndexError, ZeroDivisionError) as error:
-        reason = checks.wrong_ranks(prefill, decode, [], worker.tp_rank, worker.num_need_pulls)
-        return f"{reason or ''} (the release chooses no ranks: {error})".strip(), []
-    reason = checks.wrong_ranks(prefill, decode, chosen, worker.tp_rank, worker.num_need_pulls)
-    if reason is None:
-        return None
-    return reason, chosen[worker.tp_rank] if worker.tp_rank < len(chosen) else []
+    return starts.judged(
+        lambda: worker._get_remote_tp_ranks_for_req(request),
+        prefill,
+        decode,
+        worker.tp_rank,
+        worker.num_need_pulls,
+    )
 
 
 def _decline(thread: Any, request: str, meta: Any, reason: str, ranks: list[int]) -> None:
-    log.error(
-        "kv pull of request %s by decode rank %d from %s (%s:%d): not begun: %s",
-        request,
-        thread.tp_rank,
-        meta.remote_engine_id,
-        meta.remote_host,
-        meta.remote_port,
-        reason,
-    )
+    starts.log_declined(request, thread.tp_rank, meta, reason)
     failures.of(thread).add(request, meta.local_block_ids, settle_s=0.0)
     if not ranks:
         thread.task_tracker.update_done_task_count(request)

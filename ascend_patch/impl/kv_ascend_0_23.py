@@ -13,7 +13,6 @@ from ascend_patch.impl import kv_ascend_checks as checks
 from ascend_patch.impl import kv_ascend_kept as kept
 from ascend_patch.impl import kv_ascend_peers as peers
 from ascend_patch.impl import kv_ascend_start as starts
-from ascend_patch.impl.kv_vllm_wire import log
 
 Wrapped = Callable[..., Any]
 Args = tuple[Any, ...]
@@ -62,15 +61,7 @@ def _start(wrapped: Wrapped, worker: Any, metadata: Any) -> None:
 
 def _decline(worker: Any, request: str, meta: Any, reason: str, ranks: list[int]) -> None:
     """Nothing is read, the blocks are invalid, and those that wait for this rank may free them."""
-    log.error(
-        "kv pull of request %s by decode rank %d from %s (%s:%d): not begun: %s",
-        request,
-        worker.tp_rank,
-        meta.remote_engine_id,
-        meta.remote_host,
-        meta.remote_port,
-        reason,
-    )
+    starts.log_declined(request, worker.tp_rank, meta, reason)
     thread = worker.kv_recv_thread
     thread._mark_failed_recv_request(request, meta.local_block_ids)
     if not ranks:

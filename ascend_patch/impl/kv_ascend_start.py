@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from ascend_patch.impl import kv_ascend_checks as checks
@@ -11,7 +12,7 @@ from ascend_patch.impl import kv_ascend_kept as kept
 from ascend_patch.impl import kv_ascend_sizes as sizes
 from ascend_patch.impl import kv_ascend_split as split
 from ascend_patch.impl.kv_vllm_wire import log
-from ascend_patch.kernels.kv_layout import Plan, Refusal
+from ascend_patch.kernels.kv_layout import Plan, Refusal, Side
 
 SIDE = "ascend_patch_side"
 
@@ -99,29 +100,57 @@ def refused(worker: Any, request: str, meta: Any) -> tuple[str, list[int]] | Non
         choice: tuple[Any, ...] = (meta.remote_request_id, tp)
     else:
         pulls, choice = worker.tp_num_need_pulls, (request,)
-    prefill = _prefill_side(worker, meta)
+    return judged(
+        lambda: worker._get_remote_ranks_for_req(*choice),
+        _prefill_side(worker, meta),
+        decode,
+        worker.tp_rank,
+        pulls,
+    )
+
+
+def judged(
+    choose: Callable[[], list[list[int]]], prefill: Side, decode: Side, rank: int, pulls: int
+) -> tuple[str, list[int]] | None:
+    """Why the prefill ranks of a release's choice do not do; None if they do.
+
+    Args:
+        choose: The release's choice, a list of prefill ranks for each decode rank.
+        prefill: The server that is read from.
+        decode: This one.
+        rank: This decode rank.
+        pulls: How many prefill ranks the release reads from.
+
+    Returns:
+        The reason, and the prefill ranks that wait for this decode rank all the same.
+    """
     try:
-        chosen = worker._get_remote_ranks_for_req(*choice)
+        chosen = choose()
     except (ValueError, IndexError, ZeroDivisionError) as error:
-        reason = checks.wrong_ranks(prefill, decode, [], worker.tp_rank, pulls)
+        reason = checks.wrong_ranks(prefill, decode, [], rank, pulls)
         return f"{reason or ''} (the release chooses no ranks: {error})".strip(), []
-    reason = checks.wrong_ranks(prefill, decode, chosen, worker.tp_rank, pulls)
+    reason = checks.wrong_ranks(prefill, decode, chosen, rank, pulls)
     if reason is None:
         return None
-    return reason, chosen[worker.tp_rank] if worker.tp_rank < len(chosen) else []
+    return reason, chosen[rank] if rank < len(chosen) else []
 
 
-def _decline(worker: Any, request: str, meta: Any, reason: str, ranks: list[int]) -> None:
-    """Nothing is read, the blocks are invalid, and those that wait for this rank may free them."""
+def log_declined(request: str, rank: int, meta: Any, reason: str) -> None:
+    """Say that a request is not pulled, and why."""
     log.error(
         "kv pull of request %s by decode rank %d from %s (%s:%d): not begun: %s",
         request,
-        worker.tp_rank,
+        rank,
         meta.remote_engine_id,
         meta.remote_host,
         meta.remote_port,
         reason,
     )
+
+
+def _decline(worker: Any, request: str, meta: Any, reason: str, ranks: list[int]) -> None:
+    """Nothing is read, the blocks are invalid, and those that wait for this rank may free them."""
+    log_declined(request, worker.tp_rank, meta, reason)
     thread = worker.kv_recv_thread
     failures.of(thread).add(request, _first(meta.local_block_ids), settle_s=0.0)
     if not ranks:

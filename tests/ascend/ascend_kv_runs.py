@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import _disaggregated
@@ -74,13 +75,13 @@ def results(label: str, patches: str) -> dict[str, Any]:
     if patches == PATCH:
         code += "\nfound[0]['reverted'] = ascend_kv_cases.reverted(SEED)"
     code += ENDING
-    return _found(host.run(names + opening(host) + code, patches=patches, seconds=SECONDS), patches)
+    printed = host.run(names + opening(host) + code, patches=patches, seconds=SECONDS)
+    return _found(printed, patches)
 
 
 def _found(printed: str, patches: str) -> dict[str, Any]:
     found, state = json.loads(printed.strip().splitlines()[-1])
-    # In 0.11 vLLM's schedulers are in another process, where their part of the patch is applied.
-    assert state in (("applied", "armed") if patches == PATCH else ("off",)), state
+    assert state == ("applied" if patches == PATCH else "off"), state
     return found
 
 
@@ -106,3 +107,28 @@ def both(label: str, name: str) -> tuple[Any, Any]:
     pair = results(label, "none")[name], results(label, PATCH)[name]
     print(label, name, *pair, sep="\n")
     return pair
+
+
+def said(found: dict[str, Any]) -> list[tuple[bool, list[int]]]:
+    """(finished, invalid blocks) of each decode rank; nothing is reported before the end."""
+    assert not any(one["early"] for one in found["heard"])
+    return [(one["done"], one["invalid"]) for one in found["heard"]]
+
+
+def check_moves(label: str, said: Callable[[dict[str, Any]], list[Any]] = said) -> None:
+    """What the release moves is moved, unpatched and patched, and freed once."""
+    for patches in ("none", PATCH):
+        for ratio, found in results(label, patches)["ratios"].items():
+            assert all(found["right"]), (patches, ratio)
+            assert set(map(str, said(found))) == {"(True, [])"}, (patches, ratio)
+            assert set(found["freed"]) == {1}, (patches, ratio)
+
+
+def check_waited(
+    stock: Any, ours: Any, blocks: list[int], said: Callable[[dict[str, Any]], list[Any]] = said
+) -> None:
+    """What waited for longer than prefill keeps its blocks is read unpatched, and refused by us."""
+    for name in ("soon", "late", "later"):
+        assert said(stock[name]) == [(True, [])]
+        assert said(ours[name]) == [(True, [] if name == "soon" else blocks)]
+        assert ours[name]["freed"] == [1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from ascend_kv_runs import PATCH, RELEASES, both, results
+from ascend_kv_runs import PATCH, RELEASES, both, check_moves, check_waited, results, said
 
 pytestmark = pytest.mark.slow
 
@@ -13,19 +13,9 @@ OLDER = tuple(release for release in RELEASES if "0.13" in release)
 each_release = pytest.mark.parametrize("release", RELEASES)
 
 
-def said(found: dict) -> list:
-    """(finished, invalid blocks) of each decode rank; nothing is reported before the end."""
-    assert not any(one["early"] for one in found["heard"])
-    return [(one["done"], one["invalid"]) for one in found["heard"]]
-
-
 @each_release
 def test_what_the_release_moves_is_moved_as_before(release):
-    for patches in ("none", PATCH):
-        for ratio, found in results(release, patches)["ratios"].items():
-            assert all(found["right"]), (patches, ratio)
-            assert set(map(str, said(found))) == {"(True, [])"}, (patches, ratio)
-            assert set(found["freed"]) == {1}, (patches, ratio)
+    check_moves(release)
 
 
 @each_release
@@ -203,10 +193,8 @@ def test_who_does_not_answer_is_not_waited_for_each_time(release):
 @each_release
 def test_a_request_that_waited_until_prefill_gave_its_blocks_away(release):
     stock, ours = both(release, "waited")
+    check_waited(stock, ours, LOCAL)
     for name in ("soon", "late", "later"):
-        assert said(stock[name]) == [(True, [])]
-        assert said(ours[name]) == [(True, [] if name == "soon" else LOCAL)]
-        assert ours[name]["freed"] == [1]
         assert stock[name]["told"] == {}
         assert ours[name]["told"] == {"ascend_patch_keeps_s": 480.0}
     assert "ended 14 s ago, and they may be another's" in ours["late"]["lines"][0]

@@ -6,26 +6,16 @@ import json
 
 import pytest
 from ascend_case import BRANCHES, START, Host
-from ascend_kv_runs import BUILT, ENDING, PATCH, both, once, opening, results
+from ascend_kv_runs import BUILT, ENDING, PATCH, both, check_moves, once, opening, results, said
 
 pytestmark = pytest.mark.slow
 
 each_release = pytest.mark.parametrize("release", ["0.11.0", "v0.11.0-dev"])
 
 
-def said(found: dict) -> list:
-    """Whether each decode rank's request has ended, and what is said to have failed of it."""
-    assert not any(one["early"] for one in found["heard"])
-    return [(one["done"], one["invalid"]) for one in found["heard"]]
-
-
 @each_release
 def test_what_the_release_moves_is_moved_as_before(release):
-    for patches in ("none", PATCH):
-        for ratio, found in results(release, patches)["ratios"].items():
-            assert all(found["right"]), (patches, ratio)
-            assert set(map(str, said(found))) == {"(True, [])"}, (patches, ratio)
-            assert set(found["freed"]) == {1}, (patches, ratio)
+    check_moves(release)
 
 
 @each_release

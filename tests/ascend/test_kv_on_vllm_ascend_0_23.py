@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from ascend_kv_runs import PATCH, both, results
+from ascend_kv_runs import both, check_moves, check_waited
 
 pytestmark = pytest.mark.slow
 
@@ -18,11 +18,7 @@ def said(found: dict) -> list:
 
 @each_release
 def test_what_the_release_moves_is_moved_as_before(release):
-    for patches in ("none", PATCH):
-        for ratio, found in results(release, patches)["ratios"].items():
-            assert all(found["right"]), (patches, ratio)
-            assert set(map(str, said(found))) == {"(True, [])"}, (patches, ratio)
-            assert set(found["freed"]) == {1}, (patches, ratio)
+    check_moves(release, said)
 
 
 @each_release
@@ -70,10 +66,7 @@ def test_prefill_ranks_that_do_not_answer(release):
 @each_release
 def test_a_request_that_waited_until_prefill_gave_its_blocks_away(release):
     stock, ours = both(release, "waited")
-    for name in ("soon", "late", "later"):
-        assert said(stock[name]) == [(True, [])]
-        assert said(ours[name]) == [(True, [] if name == "soon" else LOCAL)]
-        assert ours[name]["freed"] == [1]
+    check_waited(stock, ours, LOCAL, said)
 
 
 @each_release
