@@ -164,7 +164,8 @@ def test_a_captured_step_sees_new_inputs(on_gpu: None, case: ConvCase, seed: int
 
 @pytest.mark.slow
 def test_offsets_past_two_to_the_31(on_gpu: None) -> None:
-    tokens, channels = 300_000, 8192
+    # A slot is three tokens long: 100,001 slots.
+    tokens, channels = 300_003, 8192
     x = torch.randn(tokens, channels, device="cuda", dtype=torch.bfloat16)
     assert x.numel() > 2**31
     weight = torch.randn(channels, 4, device="cuda", dtype=torch.bfloat16)
@@ -172,7 +173,7 @@ def test_offsets_past_two_to_the_31(on_gpu: None) -> None:
     wanted = gdn.causal_conv1d(x[tokens - 103 :], weight)[3:]
     assert torch.equal(gdn.causal_conv1d(x, weight)[last], wanted)
     slots = torch.full((1,), 100_000, dtype=torch.int32, device="cuda")
-    cache = x.view(-1)[: 100_001 * 3 * channels].view(-1, 3, channels).transpose(1, 2)
+    cache = x.view(-1, 3, channels).transpose(1, 2)
     near = cache[-1:].clone()
     step = gdn.causal_conv1d_update(x[:1].clone(), cache, weight, state_indices=slots)
     wanted = gdn.causal_conv1d_update(x[:1].clone(), near, weight, state_indices=slots * 0)
