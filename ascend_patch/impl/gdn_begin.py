@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+_NONE = np.empty(0, dtype=np.int64)
 # The layers that a builder builds for, by name. Releases up to 0.27 do not keep them.
 _layers: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
 
@@ -42,16 +43,18 @@ def rows(common: Any, starts: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     Returns:
         int64 [N], their rows.
     """
-    lengths = np.diff(starts)
     # vLLM's field, behind a property that waits for the device where a runner gave no number; and
     # vllm-ascend's, whose class has both.
     fields = vars(common)
     computed = fields.get("_num_computed_tokens_cpu")
     if computed is None:
         computed = fields.get("num_computed_tokens_cpu")
-    if computed is None or computed.device.type != "cpu" or len(computed) < len(lengths):
-        return np.empty(0, dtype=np.int64)
-    return np.flatnonzero((lengths == 1) & (computed[: len(lengths)].numpy() == 0))
+    requests = len(starts) - 1
+    if computed is None or computed.device.type != "cpu" or len(computed) < requests:
+        return _NONE
+    context = computed.numpy()[:requests]
+    # Every step of decode comes here, and in most nobody begins.
+    return _NONE if context.all() else np.flatnonzero((np.diff(starts) == 1) & (context == 0))
 
 
 def empty(builder: Any, slots: Tensor) -> None:

@@ -90,7 +90,7 @@ def build(
     for name, tokens in lists.items():
         # For our layer, which is one for all releases.
         setattr(metadata, name, tokens)
-    starts = torch.from_numpy(batch.rest_starts.astype(np.int32))
+    starts = torch.from_numpy(batch.rest_starts)
     gdn_metadata.attach(metadata, builder, starts, batch.device, chunk_sizes=chunk_sizes)
     return metadata
 
