@@ -85,7 +85,7 @@ CASES = (
     Case("0.11.0", *NEXT, served=False, alone=False),
     Case("0.17.0", *NEXT, served=False, alone=False),
     Case("0.18.0", *NEXT, fault=GDN_FAULT, alone=False),
-    Case("0.23.0", *NEXT, arguments=("--mamba-ssm-cache-dtype", "float32")),
+    Case("0.23.0", *NEXT, dtype="bfloat16", arguments=("--mamba-ssm-cache-dtype", "float32")),
     Case("0.32.0", *NEXT, dtype="bfloat16"),
 )
 
