@@ -53,6 +53,7 @@ class Gdn(Setup):
     Attributes:
         chunk: How many tokens a step holds.
         repeats: How often the batch is asked again.
+        patches: What ASCEND_PATCHES is set to.
     """
 
     model: str = "qwen3-next"
@@ -60,6 +61,7 @@ class Gdn(Setup):
     chunk: int = 160
     repeats: int = 3
     device: str = "cpu"
+    patches: str = "gdn_attn"
 
     def name(self) -> str:
         """Return a short name for reports."""
@@ -164,7 +166,7 @@ class GdnLab:
         paths = [path for path in (self.lab.python.drop_in, str(PLUGIN)) if path]
         return self.lab.server(
             setup,
-            patches="all" if setup.device == "emulated" else "gdn_attn",
+            patches="all" if setup.device == "emulated" else setup.patches,
             ASCEND_PATCHES_DEVICE=setup.device,
             ASCEND_PATCHES_STRICT="1",
             E2E_GDN_FAULT_FILE=str(fault),

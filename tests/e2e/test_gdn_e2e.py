@@ -26,6 +26,8 @@ EAGER = Gdn()
 BFLOAT16 = replace(EAGER, dtype="bfloat16")
 # Parts of any length; with prefix caching they end where blocks do.
 UNCACHED = replace(EAGER, prefix_caching=False, chunk=97)
+# Compiled, with the release's own rotary embedding: torch 2.10's C++ for it is not valid.
+OWN_ROTARY = replace(EAGER, model="qwen3.5", compiled=True)
 
 
 def slow(**setups: Gdn) -> list:
@@ -43,7 +45,7 @@ FLOAT32 = [
         tp2=replace(EAGER, tensor_parallel=2),
         emulated=replace(EAGER, device="emulated"),
         qwen3_5=replace(EAGER, model="qwen3.5"),
-        qwen3_5_compiled=replace(EAGER, model="qwen3.5", compiled=True),
+        qwen3_5_compiled=replace(OWN_ROTARY, patches="gdn_attn,rotary"),
     ),
 ]
 HALF = [
@@ -176,6 +178,14 @@ def test_without_the_shim_no_server_starts(lab) -> None:
     # The first of the places; what is behind it has not been reached.
     assert "dispatch_cpu_unquantized_gemm" in log
     assert "ValueError: too many values to unpack (expected 2)" in log
+
+
+@pytest.mark.slow
+def test_qwen3_5_compiles_with_our_rotary_embedding_alone(gdn, tmp_path) -> None:
+    server = gdn.server(OWN_ROTARY, tmp_path / "no-fault")
+    with pytest.raises(ServerError), server:
+        pytest.fail("it compiles: the README says that on a CPU it needs `rotary`")
+    assert "CppCompileError" in server.log.read_text()
 
 
 @pytest.mark.slow
