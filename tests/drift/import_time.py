@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from release_tree import FUNCTIONS, Tree, dotted, imports
+from release_tree import FUNCTIONS, Tree, dotted, imports, imports_among
+
+# A node, the function whose call runs it, and the class whose body it is in.
+Node = tuple[ast.AST, str, str]
 
 
 @dataclass(frozen=True, order=True)
@@ -44,8 +47,10 @@ def uses(trees: dict[str, Tree], places: frozenset[str]) -> list[Found]:
         for module, source in tree.mentioning(named):
             file = tree.file(module)
             package = file is not None and file.name == "__init__.py"
-            names = Names(module, source, trees, places, package)
-            found.update(_of_module(module, source, names, places))
+            # Once for all that is asked of them: a release has a million.
+            nodes = list(_walk(source))
+            names = Names(module, [node for node, _, _ in nodes], trees, places, package)
+            found.update(_of_module(module, source, nodes, names, places))
     return sorted(found)
 
 
@@ -55,15 +60,15 @@ class Names:
     def __init__(
         self,
         module: str,
-        source: ast.Module,
+        nodes: list[ast.AST],
         trees: dict[str, Tree],
         places: frozenset[str],
         package: bool,
     ) -> None:
         self.module, self.trees = module, trees
         self.last = {place.rpartition(":")[2].rpartition(".")[2] for place in places}
-        self.imported = imports(module, source, package=package)
-        self.own = {n.name for n in ast.walk(source) if isinstance(n, (*FUNCTIONS, ast.ClassDef))}
+        self.imported = imports_among(nodes, module, package=package)
+        self.own = {node.name for node in nodes if isinstance(node, (*FUNCTIONS, ast.ClassDef))}
 
     def place(self, parts: list[str]) -> str:
         """Empty where the expression begins with something local, or ends in another name."""
@@ -108,9 +113,9 @@ def _imports_of(tree: Tree, module: str, package: bool) -> dict[str, str]:
 
 
 def _of_module(
-    module: str, source: ast.Module, names: Names, places: frozenset[str]
+    module: str, source: ast.Module, nodes: list[Node], names: Names, places: frozenset[str]
 ) -> Iterator[Found]:
-    for node, inside, owner in _walk(source, "", ""):
+    for node, inside, owner in nodes:
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 place = names.place([alias.asname or alias.name])
@@ -146,23 +151,27 @@ def _of_module(
                 yield Found("kept", place, module, inside, _line(source, node))
 
 
-def _walk(node: ast.AST, inside: str, owner: str) -> Iterator[tuple[ast.AST, str, str]]:
-    """Every node, the function whose call runs it, and the class whose body it is in."""
-    for field, value in ast.iter_fields(node):
-        for child in value if isinstance(value, list) else [value]:
-            if not isinstance(child, ast.AST):
-                continue
-            if isinstance(child, ast.arg) or field in ("returns", "annotation"):
+def _walk(source: ast.Module) -> Iterator[Node]:
+    stack: list[Node] = [(source, "", "")]
+    while stack:
+        node, inside, owner = stack.pop()
+        for field, value in ast.iter_fields(node):
+            if field in ("returns", "annotation"):
                 continue  # annotations are not what runs
-            within, held = inside, owner
-            if isinstance(node, FUNCTIONS) and field == "body":
-                within, held = (f"{inside}.{node.name}" if inside else node.name), ""
-            elif isinstance(node, ast.Lambda) and field == "body":
-                within = inside or "<lambda>"
-            elif isinstance(node, ast.ClassDef) and field == "body":
-                held = f"{owner}.{node.name}" if owner else node.name
-            yield child, within, held
-            yield from _walk(child, within, held)
+            for child in value if isinstance(value, list) else (value,):
+                if not isinstance(child, ast.AST) or isinstance(child, ast.arg):
+                    continue
+                within, held = inside, owner
+                if field == "body":
+                    if isinstance(node, FUNCTIONS):
+                        within, held = (f"{inside}.{node.name}" if inside else node.name), ""
+                    elif isinstance(node, ast.Lambda):
+                        within = inside or "<lambda>"
+                    elif isinstance(node, ast.ClassDef):
+                        held = f"{owner}.{node.name}" if owner else node.name
+                found = (child, within, held)
+                yield found
+                stack.append(found)
 
 
 def _line(source: ast.Module, node: ast.AST) -> str:

@@ -9,7 +9,7 @@ import ast
 import re
 import tokenize
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -132,8 +132,13 @@ def imports(module: str, tree: ast.AST, *, package: bool = False) -> dict[str, s
         module: The dotted name of the module.
         package: Whether it is a package's `__init__`, from which `.` is counted.
     """
+    return imports_among(ast.walk(tree), module, package=package)
+
+
+def imports_among(nodes: Iterable[ast.AST], module: str, *, package: bool) -> dict[str, str]:
+    """The same from a module's nodes, for a caller that has them."""
     found = {}
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 name = alias.asname or alias.name.partition(".")[0]
