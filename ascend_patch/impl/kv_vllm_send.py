@@ -103,7 +103,7 @@ class Sender:
         record.puller = record.puller or job.ask.ascend_patch["puller"]
         if record.puller != job.ask.ascend_patch["puller"]:
             raise PushError(f"transfer {transfer} belongs to decode server {record.puller}")
-        record.expected = kv_vllm_plan.asked_by(plan, self.worker.tp_rank)
+        record.expected = self._expected(plan)
         before, record.jobs[rank] = record.jobs.get(rank), job
         if before is not None:
             await self._stop(before, last=False)
@@ -216,7 +216,27 @@ class Sender:
             )
             await self._stop(job, last=last)
         if last and (job is None or not job.writing):
+            if job is not None:
+                self._expect(job, transfer)
             self.serve(transfer, rank, False)
+
+    def _expect(self, job: Job, transfer: str) -> None:
+        """Learn who is to be heard of, from an attempt that may have ended before it began.
+
+        A rank that was stopped hears the question and its withdrawal at once.
+        """
+        record = self.records.setdefault(transfer, Record())
+        if record.expected:
+            return
+        try:
+            plan = self._plan(job, self._hear(job).side, transfer)
+        except PushError as error:
+            log.warning("%s: its blocks are kept until they expire: %s", self._name(job), error)
+            return
+        record.expected = self._expected(plan)
+
+    def _expected(self, plan: Plan) -> tuple[int, ...]:
+        return kv_vllm_plan.asked_by(plan, self.worker.tp_rank)
 
     async def _stop(self, job: Job, *, last: bool) -> None:
         """End an attempt, unless it writes; who asks about it later hears that it is over."""
