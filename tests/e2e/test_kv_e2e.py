@@ -27,6 +27,7 @@ POWER = 10
 MIXED = 16
 STORM, MANY = 20, 200
 QUICK = (("pull_timeout_s", 20), ("pull_retries", 3))
+EXPIRES = (("VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT", "20"),)
 slow = pytest.mark.slow
 
 DOWN, UP, SAME, TWO = Sizes(2, 1), Sizes(1, 2), Sizes(1, 1), Sizes(2, 2)
@@ -184,9 +185,8 @@ def test_a_prefill_that_is_killed_while_it_writes_costs_its_request_alone(
 def test_a_decode_that_is_killed_while_it_is_written_to_costs_prefill_nothing(
     transfers, measured
 ) -> None:
-    expires = (("VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT", "20"),)
     with (
-        transfers.pair(Transfer(DOWN, variables=expires)) as (pair, faults),
+        transfers.pair(Transfer(DOWN, variables=EXPIRES)) as (pair, faults),
         ThreadPoolExecutor(2) as pool,
     ):
         lead = kv_servers.answers(pair.prefill, (200, 40))
@@ -207,10 +207,17 @@ def test_a_decode_that_is_killed_while_it_is_written_to_costs_prefill_nothing(
 
 
 @slow
-def test_a_prefill_that_stops_before_it_writes_is_given_up_in_time(transfers, measured) -> None:
-    setup = Transfer(DOWN, policy="fail", extra=(("pull_timeout_s", 8), ("pull_retries", 1)))
+@pytest.mark.parametrize("known", [True, False], ids=["known", "first"])
+def test_a_prefill_that_stops_before_it_writes_is_given_up_in_time(
+    transfers, known, measured
+) -> None:
+    """Ranks that decode has talked to hear of it when they go on; others only from the clock."""
+    quick = (("pull_timeout_s", 8), ("pull_retries", 1))
+    setup = Transfer(DOWN, policy="fail", extra=quick, variables=() if known else EXPIRES)
     with transfers.pair(setup) as (pair, _):
         lead = kv_servers.answers(pair.prefill, (200,))
+        if known:
+            kv_servers.follow(Asked(pair), kv_servers.answers(pair.prefill, (40,)))
         engine, transfer = pair.engine(), "stopped"
         payload = {"model": "model", "prompt": list(lead[0].prompt), "max_tokens": 2}
         asked = _disaggregated.prefill_payload(payload, transfer)
@@ -220,11 +227,16 @@ def test_a_prefill_that_stops_before_it_writes_is_given_up_in_time(transfers, me
         began = time.monotonic()
         with pytest.raises(ServerError, match="answered with 500"):
             pair.decode.post("/v1/completions", payload, SECONDS)
-        measured.append(f"prefill stopped: failed after {time.monotonic() - began:.1f} s")
+        failed = time.monotonic() - began
         # It was not allowed to write, so nothing is kept for it.
         assert kv_servers.blocks_are_free(pair.decode)
         stop_workers(pair.prefill, signal.SIGCONT)
-        assert kv_servers.blocks_are_free(pair.prefill)
+        goes_on = time.monotonic()
+        assert kv_servers.blocks_are_free(pair.prefill, seconds=20 if known else 60)
+        measured.append(
+            f"prefill stopped, {'known' if known else 'not known'}: failed after {failed:.1f} s; "
+            f"its blocks free {time.monotonic() - goes_on:.1f} s after it went on"
+        )
         found = kv_servers.follow(Asked(pair), lead)
         assert logprobs.compare(lead, found).worst <= TOLERANCE
 
