@@ -1,11 +1,13 @@
-"""scripts/record_release with data, a cache, a registry and a package index of a test's own."""
+"""What all tests here share; and scripts/record_release with data and index of a test's own."""
 
 from __future__ import annotations
 
+import gc
 import importlib.machinery
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +17,14 @@ from made_release import LIMIT, PATCH, ROPE, Tree, written
 from ascend_patch import _records, _registry
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_collection() -> Iterator[None]:
+    """Syntax trees have no cycles, and the collector would walk a million nodes again and again."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture
