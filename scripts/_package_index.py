@@ -82,14 +82,14 @@ def download(host: str, release: str, scratch: Path) -> tuple[Path, dict[str, st
 
 
 @lru_cache(maxsize=1)
-def find_pip() -> list[str]:
+def find_pip(otherwise: str = "give an unpacked tree with --from DIR") -> list[str]:
     """The pip of this interpreter, or the one on PATH: virtual environments may have none."""
     choices = [[sys.executable, "-m", "pip"]]
     choices += [[path] for path in map(shutil.which, ("pip3", "pip")) if path]
     for command in choices:
         if run([*command, "--version"]).returncode == 0:
             return command
-    raise Problem("there is no pip; install it, or give an unpacked tree or a checkout")
+    raise Problem(f"there is no pip; install it, or {otherwise}")
 
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:

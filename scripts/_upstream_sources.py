@@ -72,14 +72,15 @@ def models() -> Path:
 def _download(distribution: str, release: str, scratch: Path) -> Path:
     """Unpack a source distribution."""
     say(f"fetching the tests of {distribution} {release}")
+    otherwise = "give a checkout of the release with --sources DIR"
     try:
-        work, said = unpacked_sdist(find_pip(), f"{distribution}=={release}", scratch)
+        work, said = unpacked_sdist(find_pip(otherwise), f"{distribution}=={release}", scratch)
     except Problem as problem:
-        raise SetupError(f"{problem}; or name a checkout with --sources DIR") from None
+        raise SetupError(str(problem)) from None
     found = [file.parent for file in work.rglob("PKG-INFO") if (file.parent / "tests").is_dir()]
     if not found:
         raise SetupError(
             f"the source distribution of {distribution} {release} could not be had "
-            f"({last_line(said)}); give a checkout of the release with --sources DIR"
+            f"({last_line(said)}); {otherwise}"
         )
     return min(found, key=lambda folder: len(folder.parts))
