@@ -27,6 +27,7 @@ POWER = 10
 MIXED = 16
 STORM, MANY = 20, 200
 QUICK = (("pull_timeout_s", 20), ("pull_retries", 3))
+IMPATIENT = (("pull_timeout_s", 8), ("pull_retries", 1))
 EXPIRES = (("VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT", "20"),)
 slow = pytest.mark.slow
 
@@ -212,8 +213,7 @@ def test_a_prefill_that_stops_before_it_writes_is_given_up_in_time(
     transfers, known, measured
 ) -> None:
     """Ranks that decode has talked to hear of it when they go on; others only from the clock."""
-    quick = (("pull_timeout_s", 8), ("pull_retries", 1))
-    setup = Transfer(DOWN, policy="fail", extra=quick, variables=() if known else EXPIRES)
+    setup = Transfer(DOWN, policy="fail", extra=IMPATIENT, variables=() if known else EXPIRES)
     with transfers.pair(setup) as (pair, _):
         lead = kv_servers.answers(pair.prefill, (200,))
         if known:
@@ -245,7 +245,7 @@ def test_a_prefill_that_stops_before_it_writes_is_given_up_in_time(
 def test_blocks_of_a_pull_that_a_paused_prefill_writes_to_are_kept_until_it_is_done(
     transfers, measured
 ) -> None:
-    setup = Transfer(DOWN, policy="fail", extra=(("pull_timeout_s", 8), ("pull_retries", 1)))
+    setup = Transfer(DOWN, policy="fail", extra=IMPATIENT)
     with transfers.pair(setup) as (pair, faults), ThreadPoolExecutor(2) as pool:
         lead = kv_servers.answers(pair.prefill, (200,))
         (faults / "fault").write_text("hold")
