@@ -75,9 +75,7 @@ KNOWN_FAULTS: dict[str, dict[str, str]] = {
             "An unknown patch name stops a process that imports vLLM with a sentence that names "
             "the patches, as documented, and no other process."
         ),
-        "doctor_and_exit_output": (
-            "Output of another package at exit does not make doctor fail."
-        ),
+        "doctor_and_exit_output": ("Output of another package at exit does not make doctor fail."),
         "doctor_and_skipped_by_name": (
             "doctor ends with 1 where a patch that was asked for by name is not applied."
         ),
