@@ -7,6 +7,7 @@ vLLM is.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -80,11 +81,24 @@ def value() -> str:
 
 def complain(what: str) -> None:
     """One line on stderr: at this point logging is not configured."""
+    line = f"ascend-patch: {what}\n"
+    stream = sys.stderr
     try:
-        sys.stderr.write(f"ascend-patch: {what}\n")
-    except (AttributeError, OSError, ValueError):
-        # No stderr, or a closed one: pythonw, daemons.
+        if type(stream) is io.TextIOWrapper:
+            stream.flush()
+            # Past its buffer: what a full disk or a closed pipe does not take would stay in there,
+            # and Python, which flushes it at the end, would turn exit status 0 into 120.
+            _write_all(stream.fileno(), line.encode(stream.encoding, "backslashreplace"))
+        else:
+            stream.write(line)
+    except (AttributeError, OSError, ValueError, LookupError):
+        # No stderr, or a closed, full or broken one: pythonw, daemons.
         return
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
 
 
 def _complain_once(what: str) -> None:
