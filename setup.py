@@ -1,11 +1,13 @@
 """Builds what setup.cfg describes, and the two things that it cannot say.
 
-`ascend_patch.pth` goes beside the packages: where another sitecustomize shadows ours (a system
-Python has its own), Python reads it all the same and it opens the same door.
+`ascend_patch.pth` goes beside the packages: its import line activates the shim in every process,
+before and whatever sitecustomize runs. A wheel has no sitecustomize.py beside the packages, where
+it would overwrite that of another distribution.
 
-An editable install is one line in that file: a folder of links, build/__editable__.ascend_patch.
-The checkout itself must not be on sys.path, because its folder `kernels` would answer for
-Hugging Face's package; and setuptools' own import hook would cost every process 10 ms.
+An editable install is one line more in that file: the folder ascend_patch/startup, whose modules
+lead to the package around it. The checkout itself must not be on sys.path, because its folder
+`kernels` would answer for Hugging Face's package; and setuptools' own import hook would cost every
+process 10 ms.
 """
 
 import base64
@@ -26,12 +28,13 @@ except ImportError:  # before setuptools 64 there were no editable wheels
 
 ROOT = Path(__file__).resolve().parent
 PTH = "ascend_patch.pth"
-LINKS = ROOT / "build" / "__editable__.ascend_patch"
-LINKED = ("ascend_patch", "sitecustomize.py")
+STARTUP = ROOT / "ascend_patch" / "startup"
 
 # One line, because a line is what `site` executes. Nothing is imported while the variable is off;
-# nothing is said when the shim is only half there, as while pip removes it; and a SystemExit that
-# got out of here would keep Python from starting.
+# a shim that is only half there is said, since vLLM would run unpatched; and a SystemExit that got
+# out of here would keep Python from starting. Installed copies of this text are older than the
+# package that they import from wherever a checkout was updated: see `open_door`. Python executes it
+# twice in a virtual environment, and the sentence is for once.
 OPEN_THE_DOOR = (
     "import os; "
     "os.environ.get('ASCEND_PATCHES', '').strip().lower() "
@@ -40,7 +43,14 @@ OPEN_THE_DOOR = (
     " from ascend_patch._bootstrap import open_door\\n"
     " open_door('pth')\\n"
     "except KeyboardInterrupt:\\n raise\\n"
-    'except BaseException:\\n pass")\n'
+    "except BaseException as error:\\n"
+    " try:\\n"
+    "  import sys\\n"
+    "  hasattr(sys, '_ascend_patch_broken') or sys.stderr.write("
+    "'ascend-patch: ASCEND_PATCHES is set and the shim cannot be imported ('"
+    " + type(error).__name__ + ': ' + str(error) + '); install ascend-patch again\\\\n')\\n"
+    "  sys._ascend_patch_broken = True\\n"
+    ' except BaseException:\\n  pass")\n'
 )
 
 
@@ -73,18 +83,6 @@ class BuildWithPth(build_py):
         return [*outputs, os.path.join(self.build_lib, PTH)]
 
 
-def make_links():
-    """The folder that an editable install puts on sys.path: the shim and nothing else."""
-    LINKS.mkdir(parents=True, exist_ok=True)
-    for entry in LINKS.iterdir():
-        if entry.is_symlink() and entry.name not in LINKED:
-            entry.unlink()
-    for name in LINKED:
-        link = LINKS / name
-        if not link.is_symlink():
-            link.symlink_to(os.path.relpath(ROOT / name, LINKS))
-
-
 def rewrite_editable(wheel):
     """Replace setuptools' import hook in a built editable wheel by our .pth.
 
@@ -99,7 +97,7 @@ def rewrite_editable(wheel):
         for name, data in files.items()
         if name != record and not name.startswith("__editable__")
     }
-    kept[PTH] = f"{LINKS}\n{OPEN_THE_DOOR}".encode()
+    kept[PTH] = f"{STARTUP}\n{OPEN_THE_DOOR}".encode()
     lines = []
     for name, data in kept.items():
         digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
@@ -120,7 +118,6 @@ if editable_wheel is not None:
         def run(self):
             super().run()
             try:
-                make_links()
                 for wheel in Path(self.dist_dir).glob("*editable*.whl"):
                     rewrite_editable(wheel)
             except Exception as error:

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 VARIABLE = "ASCEND_PATCHES"
 OFF = ("", "none", "0", "off", "false", "no")
 HOST_PACKAGES = ("vllm", "vllm_ascend")
-# The folder that `ascend-patch run` puts on PYTHONPATH; its sitecustomize is the door `run`.
-RUN_FOLDER = "ascend-patch-run"
 
 # The doors that were opened in this process, each once, in order; the first one armed it.
 doors: list[str] = []
@@ -35,9 +33,12 @@ _complaint = ""
 def open_door(door: str, place: str = "") -> None:
     """Arm the finder if ASCEND_PATCHES is set; never break what called.
 
+    The .pth files of older installs import this name from this module, and a checkout is updated
+    without them: whatever moves, `ascend_patch._bootstrap.open_door("pth")` has to activate.
+
     Args:
         door: What called: `sitecustomize`, `pth`, `plugin`.
-        place: The folder of the sitecustomize that called.
+        place: The folder that holds the package which the sitecustomize that called came with.
 
     Raises:
         Refusal: vLLM had been imported already, and the user asked for it to be refused.
@@ -45,8 +46,6 @@ def open_door(door: str, place: str = "") -> None:
     try:
         if _is_off(os.environ.get(VARIABLE, "")):
             return
-        if os.path.basename(place).startswith(RUN_FOLDER):
-            door = "run"
         _remember(door, place)
         if finder() is None:
             _arm()

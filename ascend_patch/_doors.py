@@ -130,7 +130,9 @@ def _copies() -> Iterator[Finding]:
     here = Path(__file__).resolve().parent
     seen = {here}
     for entry in sys.path:
-        path = Path(entry or os.curdir, "ascend_patch").resolve()
+        folder = Path(entry or os.curdir)
+        startup = folder.name == "startup" and (folder / "ascend_patch.py").is_file()
+        path = (folder.parent if startup else folder / "ascend_patch").resolve()
         if path not in seen and (path / "_bootstrap.py").is_file():
             seen.add(path)
             yield _other_copy(path)

@@ -1,25 +1,22 @@
-"""`ascend-patch run -- CMD`: a command whose Python processes open the door, wherever they live.
+"""`ascend-patch run -- CMD`: a command whose Python processes are patched, wherever they live.
 
-It needs nothing in the interpreter of the command: PYTHONPATH gets a folder that holds links to
-our sitecustomize and to this package, and nothing else. Not our site-packages, which may belong to
-another Python, and not the checkout, whose folder `kernels` is another package's name.
+It needs nothing in the interpreter of the command: PYTHONPATH gets the folder ascend_patch/startup,
+whose sitecustomize activates the shim and whose `ascend_patch` leads to this package. The folder
+around the package is not exposed: it may be the site-packages of another Python, or a checkout,
+whose folder `kernels` has another package's name.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import os
-import shutil
-import stat
 import sys
-import tempfile
 from pathlib import Path
 from typing import NoReturn
 
-from ascend_patch._bootstrap import OFF, RUN_FOLDER, VARIABLE, complain
+from ascend_patch._bootstrap import OFF, VARIABLE, complain
 
 PACKAGE = Path(__file__).resolve().parent
+STARTUP_FILES = ("sitecustomize.py", "ascend_patch.py")
 # Each of them makes Python ignore PYTHONPATH, or sitecustomize.
 CLOSING_SWITCHES = "EIS"
 
@@ -37,7 +34,7 @@ class RunError(Exception):
 
 
 def run(words: list[str]) -> NoReturn:
-    """Become the command, with the door open in each Python that it starts.
+    """Become the command, with the shim activated in each Python that it starts.
 
     Args:
         words: The command and its arguments; a leading `--` is dropped.
@@ -48,7 +45,7 @@ def run(words: list[str]) -> NoReturn:
     command = words[1:] if words[:1] == ["--"] else words
     if not command:
         raise RunError("no command is given; write: ascend-patch run -- python -m vllm ...", 2)
-    environment = environment_of(dict(os.environ), door_folder())
+    environment = environment_of(dict(os.environ), startup_folder())
     if environment[VARIABLE].strip().lower() in OFF:
         complain(f"{VARIABLE}={environment[VARIABLE]} means off, so {command[0]} runs unpatched")
     switch = _closing_switch(command)
@@ -67,101 +64,34 @@ def run(words: list[str]) -> NoReturn:
 
 def environment_of(environment: dict[str, str], folder: Path) -> dict[str, str]:
     """The environment of the command: the folder first on PYTHONPATH, `all` unless said else."""
-    before = environment.get("PYTHONPATH", "").split(os.pathsep)
-    path = [str(folder), *(entry for entry in before if entry and entry != str(folder))]
+    before = environment.get("PYTHONPATH", "")
+    # An empty entry between others is the working directory, an empty variable is nothing.
+    entries = before.split(os.pathsep) if before else []
+    path = [str(folder), *(entry for entry in entries if entry != str(folder))]
     return {VARIABLE: "all", **environment, "PYTHONPATH": os.pathsep.join(path)}
 
 
-def door_folder() -> Path:
-    """The folder for PYTHONPATH, made if need be and kept: servers outlive this command.
-
-    Its name has a digest of where this package lies, so that each copy has its own.
+def startup_folder() -> Path:
+    """The folder for PYTHONPATH that activates this copy of the shim; nothing is written.
 
     Raises:
-        RunError: The shim is not whole, or no place for the folder can be written.
+        RunError: The folder is not whole, or its path cannot be an entry of PYTHONPATH.
     """
-    sitecustomize = _our_sitecustomize()
-    if not sitecustomize.is_file():
-        # A zipped shim: an archive takes part in sys.path as it is, and holds nothing else.
-        return sitecustomize.parent
-    links = {"ascend_patch": PACKAGE, "sitecustomize.py": sitecustomize}
-    name = f"{RUN_FOLDER}-{hashlib.sha256(os.fsencode(PACKAGE)).hexdigest()[:12]}"
-    refusals = []
-    for base in _bases():
-        folder = base / name
-        try:
-            base.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not _is_made(folder, links):
-                _make(folder, links)
-            return folder
-        except OSError as error:
-            refusals.append(f"{folder}: {error.strerror or error}")
-    raise RunError(
-        "no folder for PYTHONPATH can be made; set XDG_CACHE_HOME to a directory of yours "
-        f"({'; '.join(refusals)})",
-        126,
-    )
-
-
-def _our_sitecustomize() -> Path:
-    path = PACKAGE.parent / "sitecustomize.py"
-    archive = next((parent for parent in path.parents if parent.is_file()), None)
-    if archive is not None:
-        return path
-    try:
-        ours = "from ascend_patch import" in path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror}); install again", 126) from error
-    if not ours:
-        raise RunError(f"another package has replaced {path}; install ascend-patch again", 126)
-    return path
-
-
-def _bases() -> list[Path]:
-    # A cache before the temporary directory: some systems empty that under a running server.
-    cache = os.environ.get("XDG_CACHE_HOME", "").strip()
-    home = os.path.expanduser("~")
-    found = []
-    if cache:
-        found.append(Path(cache) / "ascend-patch")
-    if os.path.isabs(home) and os.path.isdir(home):
-        found.append(Path(home) / ".cache" / "ascend-patch")
-    return [*found, Path(tempfile.gettempdir()) / f"ascend-patch-{os.getuid()}"]
-
-
-def _is_made(folder: Path, links: dict[str, Path]) -> bool:
-    """Whether the folder is there, ours, and leads where it should.
-
-    Raises:
-        OSError: Somebody else could put a sitecustomize of theirs into it.
-    """
-    for path in (folder.parent, folder):
-        try:
-            found = path.lstat()
-        except FileNotFoundError:
-            return False
-        writable = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or writable:
-            raise OSError(errno.EPERM, "it is not a directory that only you can write")
-    made = {entry.name: os.readlink(entry) for entry in folder.iterdir() if entry.is_symlink()}
-    return made == {name: str(target) for name, target in links.items()}
-
-
-def _make(folder: Path, links: dict[str, Path]) -> None:
-    # Whole or not at all: another `run` may be looking at the same time.
-    part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
-    try:
-        for name, target in links.items():
-            (part / name).symlink_to(target)
-        if folder.exists():
-            shutil.rmtree(folder)
-        try:
-            part.rename(folder)
-        except OSError:
-            if not _is_made(folder, links):
-                raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    folder = PACKAGE / "startup"
+    if os.pathsep in str(folder):
+        raise RunError(
+            f"{folder} has a {os.pathsep!r} in its path, which separates the entries of "
+            "PYTHONPATH; install ascend-patch in another place",
+            126,
+        )
+    # Inside an archive there are no files; sys.path takes a folder of one as it is.
+    zipped = any(parent.is_file() for parent in folder.parents)
+    missing = [name for name in STARTUP_FILES if not zipped and not (folder / name).is_file()]
+    if missing:
+        raise RunError(
+            f"{folder} has no {' and no '.join(missing)}; install ascend-patch again", 126
+        )
+    return folder
 
 
 def _closing_switch(command: list[str]) -> str | None:

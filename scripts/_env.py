@@ -48,7 +48,7 @@ DEFAULT, NEWEST = "0.18.0", "0.32.0"
 
 # What makes an installed shim another one.
 SHIM_SOURCES = ("ascend_patch", "kernels", "sitecustomize.py", "setup.py", "setup.cfg")
-SHIM_BUILD_FILES = ("pyproject.toml", "MANIFEST.in", "README.md")
+SHIM_BUILD_FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 
 
 @dataclass(frozen=True)

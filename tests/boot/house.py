@@ -121,7 +121,6 @@ def copy_shim(root: Path, folder: Path) -> None:
     ignore = shutil.ignore_patterns("__pycache__")
     # The link ascend_patch/kernels becomes a folder.
     shutil.copytree(root / "ascend_patch", folder / "ascend_patch", ignore=ignore)
-    shutil.copy(root / "sitecustomize.py", folder)
     (folder / "ascend_patch.pth").write_text(constant(root / "setup.py", "OPEN_THE_DOOR"))
 
 

@@ -216,18 +216,18 @@ def test_ours_twice_runs_once_and_is_noticed(furnished, checkout, user):
     assert said["doors"] == ["pth", "sitecustomize"]
     assert said["armed"] == 1
     assert said["from"].startswith(str(checkout))
-    assert said["marks"] == ["user"]
-    # The user's file ends the chain here, so the installed copy's sitecustomize never came.
-    assert said["others"] == []
-    said = furnished.boot(path=(checkout,))
+    assert (said["marks"], said["others"]) == (["user"], [])
+    # Where two copies' sitecustomize run, the one that came late is noticed.
+    said = furnished.boot(path=(checkout, furnished.site / "ascend_patch" / "startup", user))
     assert said["others"] == [str(furnished.site / "ascend_patch")]
-    assert said["armed"] == 1
+    assert (said["armed"], said["marks"]) == (1, ["user"])
 
 
 def test_copies_in_a_circle_come_to_an_end(house, shim, checkout, user, tmp_path):
     link = tmp_path / "link"
     link.symlink_to(checkout)
-    path = (checkout, shim, link, checkout, shim, user)
+    startup = shim / "ascend_patch" / "startup"
+    path = (checkout, startup, link, checkout, startup, link / "ascend_patch" / "startup", user)
     said = house.boot(path=path)
     assert (said["doors"], said["armed"], said["marks"]) == (["sitecustomize"], 1, ["user"])
     assert said["stderr"] == ""

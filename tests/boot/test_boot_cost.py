@@ -33,7 +33,7 @@ def added(after, before):
 
 @pytest.mark.parametrize("form", ["drop-in", "installed"])
 @pytest.mark.parametrize("value", [None, "", "  ", "none", " NONE ", "0", "off", "false", "no"])
-def test_off_adds_sitecustomize_and_nothing_else(form, value, house, shim, checkout):
+def test_off_adds_the_drop_in_s_sitecustomize_and_nothing_else(form, value, house, shim, checkout):
     bare = listing(house)
     options = {} if value is None else {"ASCEND_PATCHES": value}
     if form == "installed":
@@ -41,7 +41,7 @@ def test_off_adds_sitecustomize_and_nothing_else(form, value, house, shim, check
     else:
         options["path"] = (checkout,)
     off = listing(house, **options)
-    assert added(off, bare) == {"sitecustomize"}
+    assert added(off, bare) == ({"sitecustomize"} if form == "drop-in" else set())
     for what in ("meta_path", "hooks", "sys"):
         assert off[what] == bare[what], what
 

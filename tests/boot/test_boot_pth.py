@@ -1,11 +1,11 @@
-"""ascend_patch.pth: the door where another sitecustomize shadows ours, and its manners."""
+"""ascend_patch.pth: what activates an installed shim, whatever sitecustomize runs there."""
 
 from __future__ import annotations
 
 import shutil
 
 import pytest
-from house import MARK, constant, room
+from house import MARK, constant, room, start
 
 USER = MARK.format("user")
 
@@ -17,8 +17,13 @@ def test_it_is_one_line_that_site_executes(checkout):
     assert text.endswith("\n")
 
 
-def test_both_doors_arm_once(furnished):
+def test_it_arms_once(furnished):
     said = furnished.boot()
+    assert (said["doors"], said["armed"], said["others"]) == (["pth"], 1, [])
+
+
+def test_the_startup_folder_beside_it_arms_once(furnished):
+    said = furnished.boot(path=(furnished.site / "ascend_patch" / "startup",))
     assert (said["doors"], said["armed"], said["others"]) == (["pth", "sitecustomize"], 1, [])
 
 
@@ -32,7 +37,7 @@ def test_a_system_sitecustomize_shadows_ours(furnished):
     assert (said["doors"], said["marks"], said["armed"]) == (["pth"], ["user"], 1)
 
 
-def test_another_distribution_has_replaced_our_sitecustomize(furnished):
+def test_another_distribution_s_sitecustomize_beside_it(furnished):
     room(furnished.site, USER)
     said = furnished.boot()
     assert (said["doors"], said["marks"]) == (["pth"], ["user"])
@@ -54,14 +59,14 @@ def test_off_imports_nothing(furnished):
         "no finder",
         "syntax error",
         "exits",
-        "no sitecustomize",
+        "no startup folder",
         "only the pth",
-        "only sitecustomize",
+        "no pth",
     ],
 )
 def test_half_removed_it_never_stops_python(damage, furnished):
     package = furnished.site / "ascend_patch"
-    if damage in ("no package", "only the pth", "only sitecustomize", "empty package"):
+    if damage in ("no package", "only the pth", "empty package"):
         shutil.rmtree(package)
     if damage == "empty package":
         package.mkdir()
@@ -76,19 +81,27 @@ def test_half_removed_it_never_stops_python(damage, furnished):
         (package / "_bootstrap.py").write_text("def\n")
     if damage == "exits":
         (package / "_bootstrap.py").write_text("import sys; sys.exit(3)\n")
-    if damage in ("no sitecustomize", "only the pth"):
-        (furnished.site / "sitecustomize.py").unlink()
-    if damage == "only sitecustomize":
+    if damage == "no startup folder":
+        shutil.rmtree(package / "startup")
+    if damage == "no pth":
         (furnished.site / "ascend_patch.pth").unlink()
     said = furnished.boot()
-    whole = damage == "no sitecustomize"
-    assert said["armed"] == whole
+    assert said["armed"] == (damage == "no startup folder")
     assert "Traceback" not in said["stderr"]
-    if damage in ("no sitecustomize", "only the pth"):
+    if damage in ("no startup folder", "no pth"):
         assert said["stderr"] == ""
-    elif damage != "no finder":  # each door tries, and says that the shim is not whole
-        assert said["stderr"].startswith("ascend-patch: open_the_door failed with ")
+    else:  # vLLM would run unpatched, so it is said, once
+        assert said["stderr"].startswith("ascend-patch: ")
         assert said["stderr"].count("\n") == 1
+    # Off, no damage is noticed.
+    assert furnished.boot(patches="none")["stderr"] == ""
+
+
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
+def test_half_removed_it_says_nothing_where_nothing_can_be_said(stderr, furnished):
+    shutil.rmtree(furnished.site / "ascend_patch")
+    code = f"exec {furnished.python} -c 'import sys; sys.stderr = None; sys.exit(7)' {stderr}"
+    assert start(["sh", "-c", code], ASCEND_PATCHES="all").returncode == 7
 
 
 def test_a_missing_finder_is_told_once(furnished):

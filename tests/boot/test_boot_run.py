@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import os
-import stat
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,11 @@ LAUNCH += "try: _run.run(sys.argv[1:])\nexcept _run.RunError as e: print(e); sys
 
 
 @pytest.fixture
-def run(furnished, tmp_path):
+def run(furnished):
     """Start `ascend-patch run` in the environment that has the shim."""
 
     def start_it(*words, **environ):
-        cache = {"XDG_CACHE_HOME": str(tmp_path / "cache"), **environ}
-        return start([str(furnished.python), "-c", LAUNCH, *words], **cache)
+        return start([str(furnished.python), "-c", LAUNCH, *words], **environ)
 
     return start_it
 
@@ -40,18 +38,18 @@ def said(done):
 
 def test_the_door_is_open_in_another_interpreter(run, other):
     found = said(run("--", str(other.python), "-c", PROBE))
-    assert found["doors"] == ["run"]
+    assert found["doors"] == ["sitecustomize"]
     assert (found["value"], found["armed"], found["others"]) == ("all", 1, [])
 
 
 def test_it_is_open_in_the_children_too(run, other):
     code = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', sys.argv[1]]))"
-    assert said(run(str(other.python), "-c", code, PROBE))["doors"] == ["run"]
+    assert said(run(str(other.python), "-c", code, PROBE))["doors"] == ["sitecustomize"]
 
 
 def test_beside_an_installed_shim_it_is_one_copy(run, furnished):
     found = said(run("--", str(furnished.python), "-c", PROBE))
-    assert (found["doors"], found["armed"], found["others"]) == (["pth", "run"], 1, [])
+    assert (found["doors"], found["armed"], found["others"]) == (["pth", "sitecustomize"], 1, [])
 
 
 def test_our_site_packages_are_not_exposed(run, other, furnished, checkout):
@@ -62,25 +60,65 @@ def test_our_site_packages_are_not_exposed(run, other, furnished, checkout):
     )
     done = run("--", str(other.python), "-c", code)
     assert done.stdout.startswith("[None, None, None, None] ")
-    assert str(furnished.site) not in done.stdout
+    assert f"{str(furnished.site)!r}" not in done.stdout
 
 
-def test_from_a_checkout_no_folder_of_it_is_exposed(other, checkout, tmp_path):
-    folder = environment_folder(checkout, other, tmp_path)
-    assert sorted(path.name for path in folder.iterdir()) == ["ascend_patch", "sitecustomize.py"]
-
-
-def environment_folder(checkout, house, tmp_path):
-    code = "from ascend_patch import _run; print(_run.door_folder())"
-    done = house.run("-c", code, path=(checkout,), XDG_CACHE_HOME=str(tmp_path / "cache"))
+@pytest.mark.parametrize("patches", ["", "all"])
+def test_from_a_checkout_no_folder_of_it_is_exposed(patches, other, checkout):
+    code = (
+        "import sys; from ascend_patch import _run; _run.run([sys.executable, '-c', sys.argv[1]])"
+    )
+    ask = (
+        "import importlib.util as u, sys, ascend_patch.kernels\n"
+        "print([u.find_spec(n) for n in ('kernels', 'tests', 'setup', 'scripts')], sys.path)"
+    )
+    # Only the command that runs has the checkout, in its sys.path and not in its PYTHONPATH.
+    begin = f"import sys; sys.path.insert(0, {str(checkout)!r})\n"
+    done = other.run("-c", begin + code, ask, ASCEND_PATCHES=patches or "none")
     assert done.returncode == 0, done.stderr
-    return Path(done.stdout.strip())
+    assert done.stdout.startswith("[None, None, None, None] ")
+    assert str(checkout / "ascend_patch" / "startup") in done.stdout
+    assert f"{str(checkout)!r}" not in done.stdout
+
+
+def test_the_command_itself_works_where_only_the_folder_is_on_the_path(run, other):
+    for patches in ("none", "all"):
+        done = run(
+            "--", str(other.python), "-m", "ascend_patch", "--version", ASCEND_PATCHES=patches
+        )
+        assert done.stdout.startswith("ascend-patch "), done.stderr
+
+
+def test_the_version_that_runs_wins_over_one_that_is_installed_there(run, other, shim):
+    """The .pth of the other one imports the package by its name, which PYTHONPATH answers first."""
+    other.install(shim)
+    found = said(run("--", str(other.python), "-c", PROBE))
+    assert not found["from"].startswith(str(other.site))
+    assert (found["doors"], found["armed"]) == (["pth", "sitecustomize"], 1)
+
+
+def test_modules_that_are_unloaded_are_found_again(run, other):
+    code = (
+        "import sys\n"
+        "for name in [n for n in sys.modules if n.startswith('ascend_patch')]:\n"
+        "    del sys.modules[name]\n"
+        "import ascend_patch.kernels, ascend_patch._rundir\n"
+        "print(ascend_patch.__path__, ascend_patch.__spec__.name, ascend_patch.__file__)\n"
+    )
+    done = run("--", str(other.python), "-c", code)
+    package = _installed_package(other, done.stdout)
+    assert done.stdout.strip() == f"[{package!r}] ascend_patch {package}/__init__.py", done.stderr
+
+
+def _installed_package(other, text):
+    assert str(other.site) not in text
+    return text.partition("'")[2].partition("'")[0]
 
 
 def test_it_chains_to_the_users_own(run, other, tmp_path):
     user = room(tmp_path / "user", MARK.format("user"))
     found = said(run("--", str(other.python), "-c", PROBE, PYTHONPATH=str(user)))
-    assert (found["doors"], found["marks"]) == (["run"], ["user"])
+    assert (found["doors"], found["marks"]) == (["sitecustomize"], ["user"])
 
 
 def test_a_selection_is_kept(run, other):
@@ -105,15 +143,13 @@ def test_off_is_kept_and_said(run, other):
         (("a\0b",), 126, "cannot be started: .*embedded null"),
     ],
 )
-def test_what_cannot_be_started_is_a_sentence(words, status, sentence, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_what_cannot_be_started_is_a_sentence(words, status, sentence):
     with pytest.raises(_run.RunError, match=sentence) as caught:
         _run.run(list(words))
     assert caught.value.status == status
 
 
-def test_a_script_without_the_bit_has_a_hint(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_a_script_without_the_bit_has_a_hint(tmp_path):
     script = tmp_path / "serve.py"
     script.write_text("")
     with pytest.raises(_run.RunError, match="write: ascend-patch run -- python"):
@@ -145,63 +181,43 @@ def test_a_closing_switch_is_said(run, other):
     assert "-I makes Python ignore PYTHONPATH" in done.stderr
 
 
-def test_the_environment_is_built_in_order():
-    before = {"PYTHONPATH": f"/a{os.pathsep}{os.pathsep}/door{os.pathsep}/b", "X": "1"}
-    after = _run.environment_of(before, Path("/door"))
-    assert after["PYTHONPATH"].split(os.pathsep) == ["/door", "/a", "/b"]
-    assert (after["ASCEND_PATCHES"], after["X"]) == ("all", "1")
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, ["/folder"]),
+        ({"PYTHONPATH": ""}, ["/folder"]),
+        ({"PYTHONPATH": "/a"}, ["/folder", "/a"]),
+        # The empty entry is the working directory: the user's, and left.
+        ({"PYTHONPATH": "/a::/folder:/b"}, ["/folder", "/a", "", "/b"]),
+    ],
+)
+def test_the_environment_is_built_in_order(before, after):
+    found = _run.environment_of({**before, "X": "1"}, Path("/folder"))
+    assert found["PYTHONPATH"].split(os.pathsep) == after
+    assert (found["ASCEND_PATCHES"], found["X"]) == ("all", "1")
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    return tmp_path
+def test_nothing_is_written(run, other, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    places = {"HOME": str(home), "XDG_CACHE_HOME": str(home), "TMPDIR": str(home)}
+    assert said(run("--", str(other.python), "-c", PROBE, **places))["doors"]
+    assert list(home.iterdir()) == []
 
 
-def test_the_folder_is_made_once_and_private(cache):
-    folder = _run.door_folder()
-    assert folder.parent == cache / "cache" / "ascend-patch"
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    made = folder.stat().st_ino
-    assert _run.door_folder() == folder
-    assert folder.stat().st_ino == made
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-
-
-def test_a_damaged_folder_is_made_again(cache):
-    folder = _run.door_folder()
-    (folder / "ascend_patch").unlink()
-    (folder / "ascend_patch").symlink_to("/nowhere")
-    _run.door_folder()
-    assert (folder / "ascend_patch" / "_run.py").is_file()
-
-
-def test_a_folder_that_others_can_write_is_not_used(cache):
-    folder = _run.door_folder()
-    folder.chmod(0o777)
-    elsewhere = _run.door_folder()
-    assert elsewhere != folder
-    assert elsewhere.is_dir()
-
-
-def test_without_a_home_it_is_in_the_temporary_directory(cache, monkeypatch):
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert _run.door_folder().is_relative_to(cache / f"ascend-patch-{os.getuid()}")
-
-
-def test_nowhere_to_write_is_a_sentence(cache, monkeypatch):
-    blocked = cache / "file"
-    blocked.write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    monkeypatch.setattr("tempfile.tempdir", str(blocked))
-    with pytest.raises(_run.RunError, match="set XDG_CACHE_HOME"):
-        _run.door_folder()
-
-
-def test_a_replaced_sitecustomize_is_a_sentence(furnished):
-    room(furnished.site, "# another package's\n")
+@pytest.mark.parametrize("name", _run.STARTUP_FILES)
+def test_a_shim_that_is_not_whole_is_a_sentence(name, furnished):
+    (furnished.site / "ascend_patch" / "startup" / name).unlink()
     done = start([str(furnished.python), "-c", LAUNCH, "true"])
     assert done.returncode == 126
-    assert "another package has replaced" in done.stdout
+    assert f"has no {name}; install ascend-patch again" in done.stdout
+
+
+def test_a_path_that_pythonpath_cannot_hold_is_a_sentence(furnished, shim, tmp_path):
+    folder = tmp_path / "a:b"
+    folder.mkdir()
+    house = House.build(folder / "house", os.path.realpath(furnished.python))
+    house.install(shim)
+    done = start([str(house.python), "-c", LAUNCH, "true"])
+    assert done.returncode == 126
+    assert "has a ':' in its path" in done.stdout
