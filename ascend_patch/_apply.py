@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from ascend_patch import _bootstrap
+from ascend_patch import _bootstrap, _devices
 from ascend_patch._finder import Finder, Watch
 from ascend_patch._installation import Installation
 from ascend_patch._plan import Decision
-from ascend_patch._registry import NOTHING, ORIGINAL, REFERENCE, Target
+from ascend_patch._registry import NOTHING, ORIGINAL, REFERENCE, Band, Target
+from ascend_patch._replacement import SeamError
 from ascend_patch._seams import make
 from ascend_patch._state import PatchState, ProcessState, TargetState
 
@@ -176,6 +177,7 @@ class Applier:
             planned = []
             for target in targets:
                 target_id = target.id
+                _check_platform(self._decisions[patch.id].band)
                 planned.append(self._prepare(patch, target))
             with self._lock:
                 # In the meantime another thread may have failed the patch, or taken it back.
@@ -252,3 +254,21 @@ class Applier:
                 self._state.patches[name].notes.append(
                     f"{module} had been imported before; objects built by then keep the original"
                 )
+
+
+def _check_platform(band: Band | None) -> None:
+    """Hold what was decided before the host was imported against the platform that it chose.
+
+    Raises:
+        SeamError: The band is for other devices.
+    """
+    active = _devices.active()
+    if band is None or not band.devices or not active:
+        return
+    # The emulated device is a CPU to vLLM.
+    fits = active in band.devices or (active == "cpu" and "emulated" in band.devices)
+    if not fits:
+        raise SeamError(
+            f"vLLM's platform is {active}, and this code is for {' and '.join(band.devices)}; "
+            f"{_devices.DEVICE_VARIABLE} can say which device it is"
+        )

@@ -16,6 +16,8 @@ from pathlib import Path
 
 SLOTS = 512
 BYTES = SLOTS * 8
+# Counters of what a patch leaves to the host begin so; then its id, a colon and the reason.
+LEFT = "left/"
 
 
 class Counters:

@@ -141,7 +141,7 @@ class Band:
         targets: What is changed; empty where the patch is retired.
         retired: Why these releases need the patch no more.
         label: What sets it apart from an earlier band of the same releases, which comes first.
-        devices: The devices (`_versions.DEVICES`) that it is for; empty is any. A retired band
+        devices: The devices (of `_devices`) that it is for; empty is any. A retired band
             that names devices and no versions holds for whatever is installed, development
             builds too.
     """

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ascend_patch import __version__, _bootstrap, _peers, _rundir
-from ascend_patch._calls import Counters
+from ascend_patch._calls import LEFT, Counters
 
 UNAPPLIED = ("skipped", "failed")
 
@@ -110,6 +110,11 @@ class ProcessState:
             "patches": [asdict(patch) for patch in self.patches.values()],
             "kernels": {
                 name.removeprefix("kernel/"): self.counters.value(name) for name in kernels
+            },
+            "left_to_host": {
+                name.removeprefix(LEFT): self.counters.value(name)
+                for name in self.counters.names
+                if name.startswith(LEFT)
             },
             "verification": self.verification(),
             "self_tests": dict(self.self_tests),

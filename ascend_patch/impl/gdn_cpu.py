@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascend_patch.impl import gdn_metadata
+from ascend_patch.impl import gdn_metadata, left_to_host
 from ascend_patch.impl.gdn_core import core
 
 # Attention's on a CPU: vLLM's default for it, and what the emulated device's operators take.
@@ -127,7 +127,10 @@ def zero_block_ids(
     wrapped: Callable[..., None], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """KVBlockZeroer.zero_block_ids: blocks of attention's cache, by address."""
-    _zero(instance, *args, **kwargs)
+    if instance._meta is None or _are_of_a_cpu(instance._meta[0]):
+        _zero(instance, *args, **kwargs)
+    else:
+        wrapped(*args, **kwargs)
 
 
 def _zero(zeroer: Any, block_ids: list[int]) -> None:
@@ -144,7 +147,10 @@ def batch_memcpy(
     wrapped: Callable[..., None], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """mamba_utils:batch_memcpy: states of blocks to other blocks, with prefix caching."""
-    _copy(*args, **kwargs)
+    if all(map(_are_of_a_cpu, (*args, *kwargs.values()))):
+        _copy(*args, **kwargs)
+    else:
+        wrapped(*args, **kwargs)
 
 
 def _copy(src_ptrs: Tensor, dst_ptrs: Tensor, sizes: Tensor) -> None:
@@ -152,3 +158,18 @@ def _copy(src_ptrs: Tensor, dst_ptrs: Tensor, sizes: Tensor) -> None:
     copies = zip(src_ptrs.tolist(), dst_ptrs.tolist(), sizes.tolist(), strict=True)
     for source, destination, size in copies:
         ctypes.memmove(destination, source, size)
+
+
+def _are_of_a_cpu(addresses: Tensor | None) -> bool:
+    """Whether addresses may be written to from here: the releases keep them where they point to.
+
+    An address of another device is none in this process, or that of something else.
+    """
+    if addresses is None or addresses.device.type == "cpu":
+        return True
+    left_to_host.count(
+        gdn_metadata.PATCH,
+        f"blocks lie on {addresses.device.type}, and not on a CPU: the release's own kernel moves "
+        "them",
+    )
+    return False

@@ -43,7 +43,7 @@ BANDS = (
             "vLLM's own attention backends see the KV cache, windows and causality in every batch; "
             "ASCEND_PATCHES_DEVICE=emulated takes an NPU's path instead (vllm 0.18.0, CPU)"
         ),
-        devices=("npu", "cuda", "cpu"),
+        devices=("npu", "cuda", "cpu", "rocm", "other"),
     ),
 )
 

