@@ -33,13 +33,20 @@ def holds(function: Any, ours: Any) -> bool:
     """Whether `ours` is among the layers: in a wrapped attribute, or in a closure, at any depth."""
     # A stranger who took `owner.name` holds the function, and never the descriptor it was in.
     core = ours.__func__ if type(ours) in DESCRIPTORS else ours
+    # What wrapt gives for `owner.name` is bound, and knows what it was bound from.
+    return any(
+        layer is ours or layer is core or getattr(layer, "_self_parent", None) is ours
+        for layer in reachable(function)
+    )
+
+
+def reachable(function: Any) -> Iterator[Any]:
+    """The layers of a function, and those of the functions that their closures hold."""
     seen: set[int] = set()
     waiting = [function]
     while waiting:
         for layer in layers(waiting.pop()):
-            # What wrapt gives for `owner.name` is bound, and knows what it was bound from.
-            if layer is ours or layer is core or getattr(layer, "_self_parent", None) is ours:
-                return True
+            yield layer
             if id(layer) in seen:
                 break
             seen.add(id(layer))
@@ -50,7 +57,6 @@ def holds(function: Any, ours: Any) -> bool:
                     continue
                 if type(held) in (FunctionType, MethodType, *DESCRIPTORS) or _is_proxy(held):
                     waiting.append(held)
-    return False
 
 
 def innermost_proxy(function: Any) -> Any:

@@ -42,7 +42,7 @@ def around(
     verifier: PatchVerifier | None = None,
 ) -> Any:
     """A host seam: ours as a wrapt wrapper around what is there."""
-    import wrapt
+    from ascend_patch._wrappers import wrapper_of
 
     replacement = load_replacement(target.replacement)
 
@@ -51,7 +51,7 @@ def around(
         return replacement(wrapped, instance, args, kwargs)
 
     if verifier is None:
-        return wrapt.FunctionWrapper(original, wrapper, enabled=lambda: switch.on)
+        return wrapper_of(original, wrapper, lambda: switch.on)
     from ascend_patch import _compare
 
     def compared(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -65,9 +65,7 @@ def around(
             return ours(*args, **kwargs)
         return _compare.compare(verifier, target, wrapped, oracle, ours, args, kwargs)
 
-    return wrapt.FunctionWrapper(
-        original, compared, enabled=lambda: switch.on and verifier.stand_in != ORIGINAL
-    )
+    return wrapper_of(original, compared, lambda: switch.on and verifier.stand_in != ORIGINAL)
 
 
 def guarded(
