@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ascend_patch import _layers
+from ascend_patch import _bootstrap, _layers, _ray_environment
 from ascend_patch._finder import Finder, Watch
 
 if TYPE_CHECKING:
@@ -28,8 +27,8 @@ RAY_EXECUTOR_CLASS = "RayDistributedExecutor"
 RAY_EXECUTOR_V2, RAY_EXECUTOR_V2_CLASS = "vllm.v1.executor.ray_executor_v2", "RayExecutorV2"
 DISPATCH = "ascend_patch.kernels.dispatch"
 KEY_VARIABLE = "ASCEND_PATCHES_KEY"
-# What a Ray worker must have when its interpreter starts; vLLM's own copy comes after that.
-CARRIED_PREFIX = "ASCEND_PATCHES"
+# Engines of `--data-parallel-backend ray` are actors too; their environment is put together here.
+ENGINE_UTILS, ENGINE_VARIABLES = "vllm.v1.engine.utils", "get_env_vars_to_copy"
 RAY_WITHOUT = "Ray's workers start without ASCEND_PATCHES"
 
 # What stands where, and what is lost if it does no more.
@@ -41,8 +40,9 @@ def install(finder: Finder, runtime: Runtime) -> None:
     finder.watch(ENVS, Watch(after=functools.partial(key_compile_cache, runtime=runtime)))
     finder.watch(MODEL_LOADER, Watch(after=functools.partial(tell_when_loaded, runtime=runtime)))
     for module in RAY_EXECUTORS:
-        finder.watch(module, Watch(after=carry_to_ray))
-    finder.watch(RAY_EXECUTOR_V2, Watch(after=carry_to_ray_v2))
+        finder.watch(module, Watch(after=functools.partial(carry_to_ray, runtime=runtime)))
+    finder.watch(RAY_EXECUTOR_V2, Watch(after=functools.partial(carry_to_ray_v2, runtime=runtime)))
+    finder.watch(ENGINE_UTILS, Watch(after=carry_to_ray_engines))
     finder.watch(DISPATCH, Watch(after=functools.partial(count_kernels, runtime=runtime)))
     if runtime.verification is not None:
         from ascend_patch import _steps
@@ -97,20 +97,20 @@ def tell_when_loaded(module: ModuleType, runtime: Runtime) -> None:
     _put(module, "get_model_loader", get_model_loader, lost)
 
 
-def carry_to_ray(module: ModuleType) -> None:
-    """Give Ray workers our variables at process start, through the runtime environment."""
+def carry_to_ray(module: ModuleType, runtime: Runtime | None = None) -> None:
+    """Give Ray workers the shim at process start, through the runtime environment."""
     executor = getattr(module, RAY_EXECUTOR_CLASS)
     original: Callable[..., Any] = executor._init_workers_ray
 
     @functools.wraps(original)
     def _init_workers_ray(self: Any, placement_group: Any, **ray_remote_kwargs: Any) -> Any:
-        add_our_variables(ray_remote_kwargs.setdefault("runtime_env", {}))
+        _add_to_runtime_env(ray_remote_kwargs.setdefault("runtime_env", {}), runtime)
         return original(self, placement_group, **ray_remote_kwargs)
 
     _put(executor, "_init_workers_ray", _init_workers_ray, RAY_WITHOUT)
 
 
-def carry_to_ray_v2(module: ModuleType) -> None:
+def carry_to_ray_v2(module: ModuleType, runtime: Runtime | None = None) -> None:
     """The same where the executor builds the runtime environment itself."""
     executor = getattr(module, RAY_EXECUTOR_V2_CLASS)
     original: Callable[..., dict[str, Any]] = executor._build_runtime_env
@@ -118,10 +118,31 @@ def carry_to_ray_v2(module: ModuleType) -> None:
     @functools.wraps(original)
     def _build_runtime_env(self: Any) -> dict[str, Any]:
         runtime_env = original(self)
-        add_our_variables(runtime_env)
+        _add_to_runtime_env(runtime_env, runtime)
         return runtime_env
 
     _put(executor, "_build_runtime_env", _build_runtime_env, RAY_WITHOUT)
+
+
+def carry_to_ray_engines(module: ModuleType) -> None:
+    """The same for engines that are Ray actors; a release without them has no such function."""
+    original: Callable[..., set[str]] | None = getattr(module, ENGINE_VARIABLES, None)
+    if original is None:
+        return
+
+    @functools.wraps(original)
+    def get_env_vars_to_copy(*args: Any, **kwargs: Any) -> set[str]:
+        return _ray_environment.add_to_environ(original(*args, **kwargs))
+
+    _put(module, ENGINE_VARIABLES, get_env_vars_to_copy, RAY_WITHOUT)
+
+
+def _add_to_runtime_env(runtime_env: dict[str, Any], runtime: Runtime | None) -> None:
+    for problem in _ray_environment.add_to(runtime_env):
+        _bootstrap.complain(problem)
+        if runtime is not None and problem not in runtime.state.problems:
+            runtime.state.problems.append(problem)
+            runtime.state.write()
 
 
 def _put(owner: Any, name: str, ours: Any, without: str) -> None:
@@ -138,23 +159,6 @@ def lost() -> list[str]:
             other = _layers.foreign(current, "vllm") or "something else"
             found.append(f"our hook on {owner.__name__}.{name} was replaced by {other}: {without}")
     return found
-
-
-def add_our_variables(runtime_env: dict[str, Any]) -> None:
-    """Put our variables into a Ray runtime environment; what a user gave there wins."""
-    environment = runtime_env.setdefault("env_vars", {})
-    for name, value in carried_variables().items():
-        environment.setdefault(name, value)
-
-
-def carried_variables() -> dict[str, str]:
-    """Our variables, and PYTHONPATH where the shim itself came from it."""
-    carried = {name: value for name, value in os.environ.items() if name.startswith(CARRIED_PREFIX)}
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    path = os.environ.get("PYTHONPATH", "")
-    if root in path.split(os.pathsep):
-        carried["PYTHONPATH"] = path
-    return carried
 
 
 def count_kernels(dispatch: ModuleType, runtime: Runtime) -> None:

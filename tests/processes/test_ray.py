@@ -31,7 +31,8 @@ import json, os, sys, time, types
 import ray
 from ray.util.placement_group import placement_group
 
-ray.init(num_cpus=2, resources={"NPU": 1}, include_dashboard=False, _node_ip_address="127.0.0.1")
+ray.init(num_cpus=2, resources={"NPU": 1}, include_dashboard=False, _node_ip_address="127.0.0.1",
+         runtime_env=json.loads(sys.argv[4]))
 group = placement_group([{"NPU": 1, "CPU": 1}])
 ray.get(group.ready(), timeout=60)
 os.environ.update(json.loads(sys.argv[1]))
@@ -56,11 +57,13 @@ ray.shutdown()
 """
 
 
-def processes(tmp_path: Path, door: str) -> list[list[str]]:
+def processes(
+    tmp_path: Path, door: str, path: str = str(ROOT), job: dict | None = None
+) -> list[list[str]]:
     wanted = {
         "ASCEND_PATCHES": "all",
         "ASCEND_PATCHES_STATUS_DIR": str(tmp_path / "status"),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": path,
     }
     clean = {
         name: value
@@ -68,7 +71,7 @@ def processes(tmp_path: Path, door: str) -> list[list[str]]:
         if not name.startswith(("ASCEND_PATCHES", "PYTHONPATH"))
     }
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, json.dumps(wanted), str(ROOT), door],
+        [sys.executable, "-c", DRIVER, json.dumps(wanted), str(ROOT), door, json.dumps(job or {})],
         env={**clean, "VLLM_HOST_IP": "127.0.0.1", "RAY_USAGE_STATS_ENABLED": "0"},
         cwd=tmp_path,
         capture_output=True,
@@ -86,5 +89,46 @@ def test_a_worker_s_door_is_open_when_it_starts(tmp_path):
     assert all(role in ("front end", "ray worker") for role, _, _ in found)
 
 
+@pytest.mark.parametrize(
+    ("path", "job"),
+    [
+        (f"{ROOT}/.", {}),
+        (f"{ROOT}//", {"env_vars": {"PYTHONPATH": "/theirs:${PYTHONPATH}", "A": "b"}}),
+    ],
+    ids=["spelling", "of a whole job"],
+)
+def test_however_the_path_is_spelled_and_whatever_a_user_set(path, job, tmp_path):
+    assert ["ray worker", "sitecustomize", "all"] in processes(tmp_path, "open", path, job)
+
+
 def test_without_the_hook_a_worker_has_no_door(tmp_path):
     assert processes(tmp_path, "closed") == []
+
+
+def test_engines_that_are_actors_are_given_the_shim_s_variables(tmp_path):
+    """vLLM's own function puts the environment of `--data-parallel-backend ray` together."""
+    code = (
+        "import json, os\n"
+        "from vllm.v1.engine import utils\n"
+        "names = utils.get_env_vars_to_copy(destination='EngineCoreActor')\n"
+        "print(json.dumps({name: os.environ[name] for name in names if name in os.environ}))\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ASCEND_PATCHES")}
+    environment |= {"PYTHONPATH": f"{ROOT}/.", "ASCEND_PATCHES_STATUS_DIR": str(tmp_path)}
+    found = {}
+    for patches in ("all", "none"):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**environment, "ASCEND_PATCHES": patches},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[patches] = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found["all"]["ASCEND_PATCHES"] == "all"
+    assert found["all"]["PYTHONPATH"] == str(ROOT)
+    assert "ASCEND_PATCHES_RUN" in found["all"]
+    assert not {"ASCEND_PATCHES", "PYTHONPATH"} & set(found["none"])

@@ -7,7 +7,7 @@ import types
 import pytest
 import wrapt
 
-from ascend_patch import _hooks
+from ascend_patch import _bootstrap, _hooks, _ray_environment
 from ascend_patch._runtime import Refusal
 
 
@@ -132,6 +132,8 @@ def executor(monkeypatch):
     monkeypatch.setenv("ASCEND_PATCHES_RUN", "20260101T000000-1")
     monkeypatch.setenv("UNRELATED", "1")
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    # As where the shim is installed: nothing but the variables is needed.
+    monkeypatch.setattr(_bootstrap, "doors", ["pth"])
     copy = type("RayDistributedExecutor", (), dict(vars(RayDistributedExecutor)))
     _hooks.carry_to_ray(types.SimpleNamespace(RayDistributedExecutor=copy))
     return copy()
@@ -166,8 +168,93 @@ def test_workers_of_the_second_ray_executor_get_them_too(executor):
     assert given["env_vars"] == {**OURS, "ASCEND_PATCHES": "none", "A": "b"}
 
 
-def test_ray_workers_get_pythonpath_only_where_the_shim_came_from_it(executor, monkeypatch):
-    assert "PYTHONPATH" not in _hooks.carried_variables()
-    root = str(__import__("pathlib").Path(_hooks.__file__).parents[1])
-    monkeypatch.setenv("PYTHONPATH", f"/elsewhere:{root}")
-    assert _hooks.carried_variables()["PYTHONPATH"] == f"/elsewhere:{root}"
+def test_workers_in_an_image_are_a_problem_of_the_state(executor, capsys):
+    written = []
+    state = types.SimpleNamespace(problems=[], write=lambda: written.append(1))
+    copy = type("RayDistributedExecutor", (), dict(vars(RayDistributedExecutor)))
+    module = types.SimpleNamespace(RayDistributedExecutor=copy)
+    _hooks.carry_to_ray(module, runtime=types.SimpleNamespace(state=state))
+    for _ in range(2):
+        copy()._init_workers_ray("group", runtime_env={"image_uri": "registry/vllm:1"})
+    (problem,) = state.problems
+    assert problem.startswith("Ray's workers run in an image (image_uri='registry/vllm:1')")
+    assert written == [1]
+    assert problem in capsys.readouterr().err
+
+
+def test_engines_that_are_actors_get_them_too(executor):
+    module = types.ModuleType("utils")
+    module.get_env_vars_to_copy = lambda x, *, y: {x, y}
+    _hooks.carry_to_ray_engines(module)
+    assert module.get_env_vars_to_copy("VLLM_X", y="VLLM_Y") == {"VLLM_X", "VLLM_Y", *OURS}
+
+
+def test_a_release_without_engines_that_are_actors_is_left_alone():
+    module = types.SimpleNamespace()
+    _hooks.carry_to_ray_engines(module)
+    assert vars(module) == {}
+
+
+ROOT = "{root}"
+STARTUP = "{root}/ascend_patch/startup"
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs", "doors", "expected"),
+    [
+        # Installed: workers read the same .pth.
+        (None, None, ["pth"], None),
+        ("/elsewhere", None, ["pth"], None),
+        ("/elsewhere", "/theirs", ["pth"], None),
+        # From PYTHONPATH: this process's entries, or the shim's in front of what a user set.
+        (f"/elsewhere:{ROOT}", None, ["sitecustomize"], f"/elsewhere:{ROOT}"),
+        (f"/elsewhere:{ROOT}", "/theirs", ["sitecustomize"], f"{ROOT}:/theirs"),
+        (f"{STARTUP}:/elsewhere", "/theirs", ["sitecustomize"], f"{STARTUP}:/theirs"),
+        (f"{ROOT}:{STARTUP}", "/theirs", ["sitecustomize"], f"{ROOT}:{STARTUP}:/theirs"),
+        (f"{ROOT}", f"/theirs:{ROOT}/.", ["sitecustomize"], f"/theirs:{ROOT}/."),
+        (f"{ROOT}", "", ["sitecustomize"], f"{ROOT}"),
+        # PYTHONPATH has another copy than the .pth: the one that runs here runs there.
+        (f"{ROOT}", None, ["pth", "sitecustomize"], f"{ROOT}"),
+        # Neither says where it came from: the folder alone is enough.
+        (None, None, [], STARTUP),
+        ("/elsewhere", None, [], f"{STARTUP}:/elsewhere"),
+        (None, "/theirs:${PYTHONPATH}", [], f"{STARTUP}:/theirs:${{PYTHONPATH}}"),
+    ],
+)
+def test_the_path_that_ray_workers_get(own, theirs, doors, expected, monkeypatch):
+    def filled(text):
+        return text and text.replace("{root}", _ray_environment.ROOT)
+
+    monkeypatch.setattr(_bootstrap, "doors", doors)
+    if own is None:
+        monkeypatch.delenv("PYTHONPATH", raising=False)
+    else:
+        monkeypatch.setenv("PYTHONPATH", filled(own))
+    assert _ray_environment.path_for_workers(filled(theirs)) == filled(expected)
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    """A connected Ray whose job has a runtime environment; returns that."""
+    job = {}
+    context = types.SimpleNamespace(runtime_env=job)
+    module = types.ModuleType("ray")
+    module.is_initialized = lambda: True
+    module.get_runtime_context = lambda: context
+    monkeypatch.setitem(__import__("sys").modules, "ray", module)
+    return job
+
+
+def test_what_a_user_gives_to_a_whole_ray_job_wins_too(executor, ray):
+    ray["env_vars"] = {"ASCEND_PATCHES": "none", "A": "b"}
+    _, given = executor._init_workers_ray("group")
+    assert given["runtime_env"]["env_vars"] == {"ASCEND_PATCHES_RUN": OURS["ASCEND_PATCHES_RUN"]}
+
+
+def test_a_ray_that_is_not_connected_is_not_asked(executor, ray, monkeypatch):
+    import sys
+
+    monkeypatch.setattr(sys.modules["ray"], "is_initialized", lambda: False)
+    monkeypatch.setattr(sys.modules["ray"], "get_runtime_context", lambda: 1 / 0)
+    _, given = executor._init_workers_ray("group")
+    assert given["runtime_env"]["env_vars"] == OURS
