@@ -6,11 +6,13 @@ An unpatched peer ignores them and sends none. What is told is enough to plan th
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ascend_patch import __version__
+from ascend_patch.impl import kv_limits
 from ascend_patch.kernels.kv_layout import LayerGroup, Side
 
 # The name of the one field that carries all of ours.
@@ -48,20 +50,36 @@ def hear(told: Mapping[str, Any]) -> Peer:
     """Read the fields of a peer; names that a later shim adds are ignored.
 
     Raises:
-        HandshakeError: A field is missing or of another type, or the protocol is another one.
+        HandshakeError: A field is missing, of another type or out of range, or the protocol is
+            another one.
     """
-    if told.get("protocol") != PROTOCOL:
+    try:
+        return _hear(told)
+    except kv_limits.LimitError as error:
         raise HandshakeError(
-            f"the peer speaks protocol {told.get('protocol')!r} of ascend-patch "
-            f"{told.get('shim', '?')}, and this side {PROTOCOL} of {__version__}; install the same "
-            "version on both sides"
+            f"the peer's handshake cannot be used: {error}; install the same ascend-patch on both "
+            "sides"
+        ) from None
+
+
+def _hear(told: Mapping[str, Any]) -> Peer:
+    shim = kv_limits.text("shim", told.get("shim", "?"), 64)
+    protocol = told.get("protocol")
+    if type(protocol) is not int or protocol != PROTOCOL:
+        kv_limits.whole("protocol", protocol, 0, 1 << 31)
+        raise HandshakeError(
+            f"the peer speaks protocol {protocol} of ascend-patch {shim}, and this side {PROTOCOL} "
+            f"of {__version__}; install the same version on both sides"
         )
     given = told.get("side")
     if not isinstance(given, Mapping):
-        raise HandshakeError(f"the peer's handshake has no side: {given!r}")
+        raise HandshakeError("the peer's handshake has no side")
     groups = given.get("groups")
     if not isinstance(groups, list | tuple):
-        raise HandshakeError(f"the peer's handshake has no layers: {groups!r}")
+        raise HandshakeError("the peer's handshake has no layers")
+    kv_limits.sequence("groups", groups, kv_limits.MAX_GROUPS)
+    if not all(isinstance(group, Mapping) for group in groups):
+        raise HandshakeError("a group of layers in the peer's handshake has no fields")
     values = _read(Side, given, skip=("groups", "stages"))
     side = Side(
         groups=tuple(
@@ -71,7 +89,8 @@ def hear(told: Mapping[str, Any]) -> Peer:
         stages=_numbers(given, "stages"),
         **values,
     )
-    return Peer(side, str(told.get("model", "")), str(told.get("shim", "?")))
+    model = kv_limits.text("model", told.get("model", ""), kv_limits.MAX_TEXT, least=0)
+    return Peer(kv_limits.side(side), model, shim)
 
 
 def _read(kind: type, given: Mapping[str, Any], skip: tuple[str, ...]) -> dict[str, Any]:
@@ -82,8 +101,8 @@ def _read(kind: type, given: Mapping[str, Any], skip: tuple[str, ...]) -> dict[s
         value, wanted = given.get(one.name), TYPES[str(one.type)]
         if type(value) is not wanted:
             raise HandshakeError(
-                f"the peer's handshake says {one.name}={value!r}, which is no {wanted.__name__}; "
-                "install the same ascend-patch on both sides"
+                f"the peer's handshake says {one.name}={reprlib.repr(value)}, which is no "
+                f"{wanted.__name__}; install the same ascend-patch on both sides"
             )
         found[one.name] = value
     return found
@@ -92,8 +111,10 @@ def _read(kind: type, given: Mapping[str, Any], skip: tuple[str, ...]) -> dict[s
 def _numbers(given: Mapping[str, Any], name: str) -> tuple[int, ...]:
     values = given.get(name)
     if not isinstance(values, list | tuple) or any(type(value) is not int for value in values):
-        raise HandshakeError(f"the peer's handshake says {name}={values!r}, which are no numbers")
-    return tuple(values)
+        raise HandshakeError(
+            f"the peer's handshake says {name}={reprlib.repr(values)}, which are no numbers"
+        )
+    return tuple(kv_limits.sequence(name, values, kv_limits.MAX_PP))
 
 
 def both_sides(ratio: str, unpatched: str) -> str:

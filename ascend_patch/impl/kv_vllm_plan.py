@@ -16,6 +16,13 @@ from ascend_patch.kernels.kv_layout import (
 
 def plan_of(prefill: Side, decode: Side, transfer_id: str) -> Plan | Refusal:
     """How a request comes from one server to the other; both sides come to the same plan."""
+    for name, one in (("prefill", prefill), ("decode", decode)):
+        if one.pp > 1:
+            return Refusal(
+                "pipeline",
+                f"{Topology(prefill, decode).ratio}: {name} has {one.pp} pipeline stages, and "
+                "vLLM's Mooncake connector takes 1; set --pipeline-parallel-size 1",
+            )
     # The plan is the same for turns that are equal modulo prefill's TP: fewer to keep.
     turn = zlib.crc32(transfer_id.encode()) % max(prefill.tp, 1)
     # Equal sizes go rank by rank, replicas too: so does an unpatched peer.

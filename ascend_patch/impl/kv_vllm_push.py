@@ -19,6 +19,10 @@ from ascend_patch.kernels.kv_layout import (
 STAGING_BYTES = 16 << 20
 
 
+class StagingError(RuntimeError):
+    """The engine does not take the buffer; the message is a sentence."""
+
+
 @dataclass(frozen=True)
 class Push:
     """One request's way to one decode rank.
@@ -71,7 +75,7 @@ class Pusher:
 
         Raises:
             ValueError: The blocks or addresses do not fit the plan; nothing was written.
-            RuntimeError: The engine cannot register the buffer.
+            StagingError: The engine cannot register the buffer.
         """
         worker = self.worker
         ranks = one.plan, one.prefill_rank, one.decode_rank, one.pairs
@@ -117,7 +121,7 @@ class Pusher:
                 torch.accelerator.set_device_index(device.index)
             staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, device=device)
             if self.worker.engine.batch_register_memory([staging.data_ptr()], [staging.nbytes]):
-                raise RuntimeError(
+                raise StagingError(
                     f"Mooncake's transfer engine cannot register a buffer of {STAGING_BYTES} bytes"
                 )
             self._staging = staging

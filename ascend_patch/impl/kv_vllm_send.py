@@ -9,24 +9,51 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any
 
-from ascend_patch.impl import kv_handshake, kv_vllm_plan, kv_vllm_push, kv_vllm_wire
+from ascend_patch.impl import (
+    kv_handshake,
+    kv_limits,
+    kv_vllm_plan,
+    kv_vllm_push,
+    kv_vllm_requests,
+    kv_vllm_wire,
+)
 from ascend_patch.impl.kv_vllm_push import Push, Pusher
-from ascend_patch.impl.kv_vllm_requests import Job, PushError, Record
-from ascend_patch.impl.kv_vllm_wire import ACCEPTED, CANCEL, DONE, FAILED, GO, READY, Answer, log
+from ascend_patch.impl.kv_vllm_requests import Job, PushError, Question, Record
+from ascend_patch.impl.kv_vllm_wire import (
+    ACCEPTED,
+    ASK,
+    CANCEL,
+    DONE,
+    FAILED,
+    GO,
+    INTERNAL,
+    READY,
+    RESTARTED,
+    Answer,
+    log,
+)
 from ascend_patch.kernels.kv_layout import Plan, Refusal, Side, Topology
 
-# How many requests are remembered after their blocks were freed, so that a late message about one
-# gets a true answer.
+# How many attempts may be under way; and how many are remembered after they ended, and requests
+# after their blocks were freed, so that a late message about one gets a true answer.
 REMEMBERED = 4096
+# Block ids of attempts whose requests the host does not know yet: 8 MiB.
+AHEAD = 1 << 21
 POLL_S = 1.0
 
 
 class Sender:
-    """One prefill rank's part of the transfers; `worker` is the host's MooncakeConnectorWorker."""
+    """One prefill rank's part of the transfers; `worker` is the host's MooncakeConnectorWorker.
+
+    Attributes:
+        jobs: Attempts by epoch: those that have not ended, and the last `REMEMBERED` that have.
+        records: Requests by transfer id: those that are not over, and the last that are.
+    """
 
     def __init__(
         self,
@@ -40,116 +67,190 @@ class Sender:
     ) -> None:
         self.worker, self.side, self.timeout = worker, side, timeout
         self.pusher = Pusher(worker, views)
-        self.said = kv_handshake.say(side, model) | {"nonce": uuid.uuid4().hex}
+        self.nonce = uuid.uuid4().hex
+        self.said = kv_handshake.say(side, model) | {"nonce": self.nonce}
         self.new_request = new_request
         self.records: OrderedDict[str, Record] = OrderedDict()
-        self.jobs: OrderedDict[str, Job] = OrderedDict()
+        self.jobs: dict[str, Job] = {}
+        self._ended: deque[str] = deque()
+        self._ahead: dict[str, int] = {}
+        self._numbers = count(1)
 
     async def handle(self, identity: bytes, socket: Any, ask: Any) -> None:
-        """Take one message of a patched decode rank; it returns at once."""
+        """Take one message of a patched decode rank; it returns at once.
+
+        Raises:
+            LimitError: It says nothing that can be answered.
+        """
         ours = ask.ascend_patch
-        epoch, kind = str(ours.get("epoch")), ours.get("kind")
+        epoch = kv_limits.text("epoch", ours.get("epoch"))
+        kind = kv_limits.text("kind", ours.get("kind"))
         job = self.jobs.get(epoch)
         if job is not None:
             job.identity, job.socket = identity, socket
         if kind == CANCEL:
             await self._cancel(job, ours)
         elif kind == GO:
-            if job is None:
-                job = Job(epoch, identity, socket, ask)
-                await self._tell(job, FAILED, "this prefill server was restarted meanwhile", True)
-            elif job.state == READY:
+            refusal = self._refuse_go(job, ours)
+            if refusal:
+                await self._refuse(identity, socket, ask, refusal, again=True)
+            elif job is not None and job.state == READY:
                 job.go.set()
-            else:
+            elif job is not None:
                 await self._repeat(job)
+        elif kind != ASK:
+            raise kv_limits.LimitError(f"kind is {kind!r}; it must be {ASK}, {GO} or {CANCEL}")
         elif job is None:
-            job = self.jobs[epoch] = Job(epoch, identity, socket, ask)
-            # The loop keeps no strong reference to a task.
-            job.task = asyncio.ensure_future(self._run(job))
-            self._forget()
+            await self._begin(epoch, identity, socket, ask)
         else:
-            log.debug("%s: asked again; answering again", self._name(job))
+            log.debug("%s: asked again; answering again", job.name)
             await self._repeat(job)
 
-    async def _run(self, job: Job) -> None:
+    def _refuse_go(self, job: Job | None, ours: dict[str, Any]) -> str:
+        """Why nothing is written although a decode rank allows it; empty if there is no reason.
+
+        Only attempts that ended are forgotten. So an attempt that is not known here has ended, or
+        was accepted by another process: that one's nonce comes with the message, except from
+        ascend-patch 0.1.0.
+        """
+        if ours.get("nonce", self.nonce) != self.nonce:
+            return RESTARTED
+        if job is None or ours.get("job", job.number) != job.number:
+            return "this attempt has ended, and is not remembered any more"
+        return ""
+
+    async def _begin(self, epoch: str, identity: bytes, socket: Any, ask: Any) -> None:
+        """Accept an attempt, or say why not and keep nothing of it."""
         try:
-            peer = self._hear(job)
+            question = kv_vllm_requests.read_question(ask)
+            plan = self._plan(question)
+            record = self._admit(question, plan)
+        except (kv_limits.LimitError, kv_handshake.HandshakeError) as error:
+            await self._refuse(identity, socket, ask, str(error))
+            return
+        except PushError as error:
+            await self._refuse(identity, socket, ask, str(error), again=error.again)
+            return
+        job = self.jobs[epoch] = Job(
+            epoch,
+            next(self._numbers),
+            identity,
+            socket,
+            self._name(question),
+            question.request,
+            question.transfer,
+            question.rank,
+            question,
+        )
+        record.running += 1
+        if not record.known:
+            self._ahead[epoch] = len(question.blocks)
+        # The loop keeps no strong reference to a task.
+        job.task = asyncio.ensure_future(self._run(job, question, plan, record))
+
+    def _admit(self, question: Question, plan: Plan) -> Record:
+        """The record of a request that may be pushed.
+
+        Raises:
+            PushError: It belongs to another decode server, or there are too many.
+        """
+        record = self.records.get(question.transfer)
+        if record is not None and record.puller not in ("", question.puller):
+            raise PushError(f"transfer {question.transfer} belongs to another decode server")
+        if len(self.jobs) - len(self._ended) >= REMEMBERED:
+            raise PushError(
+                f"{REMEMBERED} transfers from this prefill rank are under way; ask again later",
+                again=True,
+            )
+        if record is None or not record.known:
+            ahead = sum(self._ahead.values()) + len(question.blocks)
+            if ahead > AHEAD:
+                raise PushError(
+                    f"decode ranks wait for {ahead} blocks of requests that this prefill server "
+                    f"does not know yet; {AHEAD} fit: ask again later",
+                    again=True,
+                )
+        record = self._record(question.transfer)
+        record.puller, record.expected = question.puller, self._expected(plan)
+        return record
+
+    def _record(self, transfer: str) -> Record:
+        """What is known of a request, from now on."""
+        record = self.records.setdefault(transfer, Record())
+        self.records.move_to_end(transfer)
+        # A few at a time: those that are not over are passed by.
+        for _ in range(8):
+            if len(self.records) <= REMEMBERED:
+                break
+            oldest, found = self.records.popitem(last=False)
+            if found.running or oldest in self.worker.reqs_need_send or oldest == transfer:
+                self.records[oldest] = found
+        return record
+
+    async def _run(self, job: Job, question: Question, plan: Plan, record: Record) -> None:
+        try:
             await self._tell(job, ACCEPTED)
-            await self._serve(job, peer.side)
+            await self._serve(job, question, plan, record)
             await self._tell(job, DONE)
         except PushError as error:
             await self._tell(job, FAILED, str(error), error.again)
-        except Exception as error:
-            log.exception("%s: pushing failed", self._name(job))
-            await self._tell(job, FAILED, f"{type(error).__name__}: {error}")
+        except Exception:
+            log.exception("%s: pushing failed", job.name)
+            await self._tell(job, FAILED, INTERNAL)
         if job.cancelled:
-            for transfer, _ in job.ask.req_blocks.values():
-                self.serve(transfer, self._rank(job), job.state == DONE)
+            self.serve(job.transfer, job.rank, job.state == DONE)
 
-    def _hear(self, job: Job) -> kv_handshake.Peer:
-        try:
-            return kv_handshake.hear(job.ask.ascend_patch)
-        except kv_handshake.HandshakeError as error:
-            raise PushError(str(error)) from error
-
-    async def _serve(self, job: Job, decode: Side) -> None:
-        (request, (transfer, blocks)), rank = (
-            next(iter(job.ask.req_blocks.items())),
-            self._rank(job),
-        )
-        plan = self._plan(job, decode, transfer)
-        record = self.records.setdefault(transfer, Record())
-        self.records.move_to_end(transfer)
-        record.puller = record.puller or job.ask.ascend_patch["puller"]
-        if record.puller != job.ask.ascend_patch["puller"]:
-            raise PushError(f"transfer {transfer} belongs to decode server {record.puller}")
-        record.expected = self._expected(plan)
+    async def _serve(self, job: Job, question: Question, plan: Plan, record: Record) -> None:
+        transfer, rank = job.transfer, job.rank
         before, record.jobs[rank] = record.jobs.get(rank), job
         if before is not None:
             await self._stop(before, last=False)
         if record.served.get(rank):
-            return  # The answer to its last attempt was lost; what it asked for lies there.
-        send = await self._ready(transfer, record)
-        if blocks:
+            if record.wrote.get(rank) == question.digest:
+                return  # The answer to its last attempt was lost; what it asked for lies there.
+            raise PushError(record.gone or "this decode rank has had it, at another place")
+        send = await self._ready(job, record)
+        if question.blocks:
             await self._tell(job, READY)
-            await self._wait_for(job.go, transfer, record)
-            await self._push(job, plan, send, request, blocks)
+            await self._wait_for(job.go, job, record)
+            await self._push(job, question, plan, send)
+        record.wrote[rank] = question.digest
         self.serve(transfer, rank, True)
 
-    def _plan(self, job: Job, decode: Side, transfer: str) -> Plan:
-        believed = job.ask.ascend_patch.get("prefill_tp")
-        ratio = Topology(self.side, decode).ratio
-        if believed != self.side.tp:
+    def _plan(self, question: Question) -> Plan:
+        ratio = Topology(self.side, question.side).ratio
+        if question.prefill_tp != self.side.tp:
             raise PushError(
-                f"{ratio}: the decode server believes that this one has TP {believed}", again=True
+                f"{ratio}: the decode server believes that this one has TP {question.prefill_tp}",
+                again=True,
             )
-        plan = kv_vllm_plan.plan_of(self.side, decode, transfer)
+        plan = kv_vllm_plan.plan_of(self.side, question.side, question.transfer)
         if isinstance(plan, Refusal):
             raise PushError(plan.sentence)
-        if self._rank(job) not in kv_vllm_plan.asked_by(plan, self.worker.tp_rank):
+        if question.rank not in self._expected(plan):
             raise PushError(
                 f"{ratio}: prefill rank {self.worker.tp_rank} has nothing for decode rank "
-                f"{self._rank(job)}; install the same ascend-patch on both sides"
+                f"{question.rank}; install the same ascend-patch on both sides"
             )
         return plan
 
-    async def _ready(self, transfer: str, record: Record) -> Any:
+    async def _ready(self, job: Job, record: Record) -> Any:
         """The host's record of a request, once its blocks are computed."""
-        requests = self.worker.reqs_need_send
+        requests, transfer = self.worker.reqs_need_send, job.transfer
         if transfer not in requests and not (record.gone or record.known):
             # Decode may ask before the request comes; then the host finds what we make here.
             requests[transfer] = self.new_request(transfer)
         send = requests.get(transfer)
         if send is not None:
-            await self._wait_for(send.ready, transfer, record)
+            await self._wait_for(send.ready, job, record)
         if transfer not in requests:
             raise PushError(record.gone or "its blocks were freed, because nobody fetched them")
         return send
 
-    async def _wait_for(self, event: asyncio.Event, transfer: str, record: Record) -> None:
+    async def _wait_for(self, event: asyncio.Event, job: Job, record: Record) -> None:
         deadline = time.monotonic() + self.timeout
         while not event.is_set():
-            if record.gone or transfer not in self.worker.reqs_need_send:
+            if record.gone or job.transfer not in self.worker.reqs_need_send:
                 raise PushError(record.gone or "its blocks were freed, because nobody fetched them")
             if time.monotonic() > deadline:
                 raise PushError(f"nothing happened for {self.timeout:.0f} s")
@@ -157,40 +258,39 @@ class Sender:
                 await asyncio.wait_for(event.wait(), POLL_S)
             except asyncio.TimeoutError:
                 continue
+        if job.given_up:
+            raise PushError("the decode rank gave this attempt up")
 
-    async def _push(self, job: Job, plan: Plan, send: Any, request: str, blocks: list[int]) -> None:
+    async def _push(self, job: Job, question: Question, plan: Plan, send: Any) -> None:
         if send.transfer_id not in self.worker.reqs_need_send:
             raise PushError("its blocks were freed, because nobody fetched them")
-        ours = job.ask.ascend_patch
-        rank, began = self._rank(job), time.perf_counter()
+        began = time.perf_counter()
         # Marks it as not to be freed by the host's time-out.
         send.sending += 1
         try:
             pairs = kv_vllm_push.pairs_of(
                 plan,
                 send.local_block_ids,
-                blocks,
-                tokens=ours.get("tokens"),
-                cached_blocks=ours.get("cached_blocks"),
+                question.blocks,
+                tokens=question.tokens,
+                cached_blocks=question.cached_blocks,
             )
-            session = f"{ours['hostname']}:{job.ask.remote_port}"
-            bases = job.ask.kv_caches_base_addr
-            one = Push(plan, self.worker.tp_rank, rank, pairs, session, bases)
+            one = Push(plan, self.worker.tp_rank, job.rank, pairs, question.session, question.bases)
             code, written = await asyncio.get_running_loop().run_in_executor(
-                self.worker._sender_executor, self.pusher.push, one, ours.get("num_blocks")
+                self.worker._sender_executor, self.pusher.push, one, question.num_blocks
             )
-        except ValueError as error:
+        except (ValueError, kv_vllm_push.StagingError) as error:
             raise PushError(f"{plan.topology.ratio}: {error}") from error
         finally:
             send.sending -= 1
         if code != 0:
             raise PushError(f"Mooncake's transfer engine returned {code}", again=True)
         seconds = time.perf_counter() - began
-        log.debug("%s: %d bytes of %s in %.3f s", self._name(job), written, request, seconds)
+        log.debug("%s: %d bytes in %.3f s", job.name, written, seconds)
 
     def serve(self, transfer: str, rank: int, pushed: bool) -> None:
         """Note that a decode rank needs no more; after the last one the blocks are freed."""
-        record = self.records.setdefault(transfer, Record())
+        record = self._record(transfer)
         record.served[rank] = record.served.get(rank, False) or pushed
         self.settle(transfer)
 
@@ -206,34 +306,20 @@ class Sender:
             self.worker.finished_sending_reqs.add(send.p_req_id)
 
     async def _cancel(self, job: Job | None, ours: dict[str, Any]) -> None:
-        transfer, rank = ours.get("transfer"), ours.get("rank")
-        if not isinstance(transfer, str) or not isinstance(rank, int):
-            return
-        last = bool(ours.get("last"))
+        transfer = kv_limits.text("the transfer id", ours.get("transfer"))
+        rank = kv_limits.rank("rank", ours.get("rank"), kv_limits.MAX_TP)
+        last = kv_limits.flag("last", ours.get("last"))
         if job is not None:
-            log.info(
-                "%s: given up by the decode rank%s", self._name(job), "" if last else " so far"
-            )
+            if (transfer, rank) != (job.transfer, job.rank):
+                raise kv_limits.LimitError(
+                    f"the attempt is of transfer {job.transfer} and decode rank {job.rank}, and "
+                    f"what is cancelled of {transfer} and {rank}; they must be the same"
+                )
+            log.info("%s: given up by the decode rank%s", job.name, "" if last else " so far")
             await self._stop(job, last=last)
-        if last and (job is None or not job.writing):
-            if job is not None:
-                self._expect(job, transfer)
+        # Who cancels what nobody has heard of leaves nothing behind.
+        if last and transfer in self.records and (job is None or not job.writing):
             self.serve(transfer, rank, False)
-
-    def _expect(self, job: Job, transfer: str) -> None:
-        """Learn who is to be heard of, from an attempt that may have ended before it began.
-
-        A rank that was stopped hears the question and its withdrawal at once.
-        """
-        record = self.records.setdefault(transfer, Record())
-        if record.expected:
-            return
-        try:
-            plan = self._plan(job, self._hear(job).side, transfer)
-        except PushError as error:
-            log.warning("%s: its blocks are kept until they expire: %s", self._name(job), error)
-            return
-        record.expected = self._expected(plan)
 
     def _expected(self, plan: Plan) -> tuple[int, ...]:
         return kv_vllm_plan.asked_by(plan, self.worker.tp_rank)
@@ -248,49 +334,75 @@ class Sender:
 
     def know(self, transfer: str) -> None:
         """The host has this request: once it is gone, it does not come again."""
-        self.records.setdefault(transfer, Record()).known = True
+        self._record(transfer).known = True
 
     def abort(self, transfer: str, why: str) -> None:
         """A request that ended here without anything to send: who waits for it is told at once."""
-        record = self.records.setdefault(transfer, Record())
-        record.gone = why
+        self._record(transfer).gone = why
 
     async def _tell(self, job: Job, state: str, sentence: str = "", again: bool = False) -> None:
         self._note(job, state, sentence, again)
         if state == FAILED:
-            log.warning("%s: not pushed: %s", self._name(job), sentence)
+            log.warning("%s: not pushed: %s", job.name, sentence)
         await self._repeat(job)
 
     def _note(self, job: Job, state: str, sentence: str = "", again: bool = False) -> None:
+        if job.ended:
+            return
         job.state = state
-        requests = list(job.ask.req_blocks)
-        status = {ACCEPTED: kv_vllm_wire.CONTINUE, READY: kv_vllm_wire.CONTINUE}.get(state, 0)
-        extra = self.said | {"epoch": job.epoch, "state": state, "again": again}
-        job.told = Answer(
-            status=status,
+        job.told = self._answer(
+            job.epoch, state, [job.request], sentence, again=again, job=job.number
+        )
+        if job.ended:
+            self._end(job)
+
+    def _end(self, job: Job) -> None:
+        """Keep of an attempt what a late message about it needs."""
+        job.question = None
+        self._ahead.pop(job.epoch, None)
+        self._ended.append(job.epoch)
+        while len(self._ended) > REMEMBERED:
+            self.jobs.pop(self._ended.popleft(), None)
+        record = self.records[job.transfer]
+        record.running -= 1
+        if not record.running and not record.known:
+            # Made for attempts alone: the host makes another when the request comes.
+            self.worker.reqs_need_send.pop(job.transfer, None)
+
+    def _answer(
+        self,
+        epoch: str,
+        state: str,
+        requests: list[str],
+        sentence: str = "",
+        *,
+        again: bool = False,
+        job: int = 0,
+    ) -> Answer:
+        return Answer(
+            status=kv_vllm_wire.CONTINUE if state in (ACCEPTED, READY) else kv_vllm_wire.FINISH,
             ok_reqs=requests if state == DONE else None,
             err_reqs=requests if state == FAILED else None,
             err_msg=sentence or None,
-            ascend_patch=extra,
+            ascend_patch=self.said | {"epoch": epoch, "state": state, "again": again, "job": job},
         )
+
+    async def _refuse(
+        self, identity: bytes, socket: Any, ask: Any, sentence: str, *, again: bool = False
+    ) -> None:
+        """Say that nothing is written for an attempt of which nothing is kept."""
+        kv_vllm_wire.log_refusal(f"kv push, prefill rank {self.worker.tp_rank}: {sentence}")
+        requests = [one for one in list(ask.req_blocks)[:1] if len(one) <= kv_limits.MAX_ID]
+        answer = self._answer(ask.ascend_patch["epoch"], FAILED, requests, sentence, again=again)
+        await socket.send_multipart((identity, kv_vllm_wire.encode(answer)))
 
     async def _repeat(self, job: Job) -> None:
         if job.told is not None:
             await job.socket.send_multipart((job.identity, kv_vllm_wire.encode(job.told)))
 
-    def _forget(self) -> None:
-        for kept in (self.jobs, self.records):
-            while len(kept) > REMEMBERED:
-                kept.popitem(last=False)
-
-    def _rank(self, job: Job) -> int:
-        rank: int = job.ask.remote_tp_rank
-        return rank
-
-    def _name(self, job: Job) -> str:
-        ours = job.ask.ascend_patch or {}
+    def _name(self, question: Question) -> str:
         return (
             f"kv push, prefill rank {self.worker.tp_rank} (TP {self.side.tp}) -> decode rank "
-            f"{self._rank(job)} (TP {job.ask.remote_tp_size}) of {ours.get('puller', '?')}, "
-            f"requests {list(job.ask.req_blocks)}"
+            f"{question.rank} (TP {question.side.tp}) of {question.puller}, "
+            f"requests {[question.request]}"
         )

@@ -51,9 +51,12 @@ class Run:
 def _counts(topology: Topology, group: LayerGroup, decode_tp: int) -> tuple[int, list[int], int]:
     """Heads of a prefill rank, of its parts in the decode rank's range, and of that."""
     needed = topology.decode.heads(group, decode_tp)
-    held = topology.prefill.head_ranges(group)
-    overlaps = [min(h.end, needed.end) - max(h.first, needed.first) for h in held]
-    return held[0].count, [n for n in overlaps if n > 0], needed.count
+    count = topology.prefill.heads(group, 0).count
+    overlaps = [
+        min(first + count, needed.end) - max(first, needed.first)
+        for first in range(needed.first // count * count, needed.end, count)
+    ]
+    return count, overlaps, needed.count
 
 
 def shards(topology: Topology, group: LayerGroup, decode_tp: int) -> tuple[int, ...]:

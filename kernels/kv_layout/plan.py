@@ -6,6 +6,7 @@ prefill ranks they come from; what a block's bytes look like on both is decided 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -15,9 +16,13 @@ from ascend_patch.kernels.kv_layout.refusals import Refusal, refuse
 from ascend_patch.kernels.kv_layout.topology import (
     HeadRange,
     LayerGroup,
+    Side,
     StageGroup,
     Topology,
 )
+
+# A group of layers that two stages both hold, and for each layer its first region on either.
+Shared = tuple[LayerGroup, tuple[tuple[int, int], ...]]
 
 
 @dataclass(frozen=True)
@@ -68,37 +73,112 @@ class Merge:
 class Plan:
     """How a request's blocks come from prefill to decode.
 
+    What is asked about a rank is computed for that rank: a pair of servers with thousands of ranks
+    is in no call of a connector planned as a whole, because its sizes come from the network.
+
     Attributes:
         direction: `pull`: decode ranks read, their side is local. `push`: prefill ranks write.
-        transfers: Sorted by decode rank, then prefill rank.
     """
 
     topology: Topology
     direction: str
     turn: int
-    transfers: tuple[Transfer, ...]
 
     @cached_property
-    def _by_pair(self) -> dict[tuple[int, int], Transfer]:
-        return {(t.prefill_rank, t.decode_rank): t for t in self.transfers}
+    def transfers(self) -> tuple[Transfer, ...]:
+        """All of them, sorted by decode rank, then prefill rank."""
+        found = (
+            self.transfer(source, rank)
+            for rank in range(self.topology.decode.world)
+            for source in self.sources(rank)
+        )
+        return tuple(one for one in found if one is not None)
+
+    @cached_property
+    def _by_pair(self) -> dict[tuple[int, int], Transfer | None]:
+        return {}
+
+    @cached_property
+    def _by_stages(self) -> dict[tuple[int, int], tuple[Shared, ...]]:
+        return {}
 
     def transfer(self, prefill_rank: int, decode_rank: int) -> Transfer | None:
         """What moves between two ranks; None if nothing does."""
-        return self._by_pair.get((prefill_rank, decode_rank))
+        pair = prefill_rank, decode_rank
+        if pair not in self._by_pair:
+            self._by_pair[pair] = self._transfer(*pair)
+        return self._by_pair[pair]
+
+    def _transfer(self, prefill_rank: int, decode_rank: int) -> Transfer | None:
+        (stage, tp_rank), (decode_stage, decode_tp) = (
+            divmod(prefill_rank, self.topology.prefill.tp),
+            divmod(decode_rank, self.topology.decode.tp),
+        )
+        sources = _sources(self.topology, decode_tp, self.turn)
+        pieces = []
+        for group, layers in self._shared(stage, decode_stage):
+            if tp_rank in sources[group.name]:
+                heads, runs = geometry.runs(self.topology, group, tp_rank, decode_tp)
+                pieces.append(Piece(group.name, layers, runs, heads))
+        return Transfer(prefill_rank, decode_rank, tuple(pieces)) if pieces else None
+
+    def _shared(self, stage: int, decode_stage: int) -> tuple[Shared, ...]:
+        """The groups that two stages both hold layers of, and those layers."""
+        stages = stage, decode_stage
+        if stages not in self._by_stages:
+            self._by_stages[stages] = tuple(
+                (target.group, layers)
+                for target in self.topology.decode.stage_groups(decode_stage)
+                for origin in self.topology.prefill.stage_groups(stage)
+                if (layers := _layers(origin, target))
+            )
+        return self._by_stages[stages]
 
     def sources(self, decode_rank: int) -> tuple[int, ...]:
         """The prefill ranks that a decode rank's bytes come from: how many it must wait for."""
-        return tuple(t.prefill_rank for t in self.transfers if t.decode_rank == decode_rank)
+        prefill = self.topology.prefill
+        decode_stage, decode_tp = divmod(decode_rank, self.topology.decode.tp)
+        ranks = _sources(self.topology, decode_tp, self.turn)
+        return tuple(
+            sorted(
+                {
+                    stage * prefill.tp + rank
+                    for stage in range(prefill.pp)
+                    for group, _ in self._shared(stage, decode_stage)
+                    for rank in ranks[group.name]
+                }
+            )
+        )
 
     def targets(self, prefill_rank: int) -> tuple[int, ...]:
         """The decode ranks that a prefill rank's blocks go to; it may free them after the last."""
-        return tuple(t.decode_rank for t in self.transfers if t.prefill_rank == prefill_rank)
+        decode = self.topology.decode
+        stage, tp_rank = divmod(prefill_rank, self.topology.prefill.tp)
+        found = []
+        for decode_tp in _readers(self.topology, tp_rank):
+            sources = _sources(self.topology, decode_tp, self.turn)
+            named = {name for name, ranks in sources.items() if tp_rank in ranks}
+            for decode_stage in range(decode.pp) if named else ():
+                shared = self._shared(stage, decode_stage)
+                if any(group.name in named for group, _ in shared):
+                    found.append(decode_stage * decode.tp + decode_tp)
+        return tuple(sorted(found))
 
-    @property
+    @cached_property
     def idle_prefill_ranks(self) -> tuple[int, ...]:
         """Prefill ranks that nobody reads from: they may free a request's blocks at once."""
-        busy = {t.prefill_rank for t in self.transfers}
-        return tuple(r for r in range(self.topology.prefill.world) if r not in busy)
+        prefill, decode = self.topology.prefill, self.topology.decode
+        read: dict[str, set[int]] = {group.name: set() for group in self.topology.shared}
+        for decode_tp in range(decode.tp):
+            for name, ranks in _sources(self.topology, decode_tp, self.turn).items():
+                read[name].update(ranks)
+        idle = []
+        for stage in range(prefill.pp):
+            held = [held.group.name for held in prefill.stage_groups(stage)]
+            busy = set().union(*(read[name] for name in held if name in read))
+            first = stage * prefill.tp
+            idle += [first + rank for rank in range(prefill.tp) if rank not in busy]
+        return tuple(idle)
 
     def merges(self, decode_rank: int) -> tuple[Merge, ...]:
         """What a decode rank has to merge, one for each group of layers; often nothing."""
@@ -125,7 +205,8 @@ class Plan:
         return most * max(1, decode // prefill)
 
 
-@lru_cache(maxsize=4096)
+# A server meets few peers, and their sizes come from the network: what is kept is little.
+@lru_cache(maxsize=128)
 def plan_transfers(topology: Topology, *, direction: str, turn: int = 0) -> Plan | Refusal:
     """Plan the transfer of a request between two sides.
 
@@ -149,25 +230,7 @@ def plan_transfers(topology: Topology, *, direction: str, turn: int = 0) -> Plan
     refusal = refuse(topology)
     if refusal is not None:
         return refusal
-    prefill, decode = topology.prefill, topology.decode
-    found: dict[tuple[int, int], list[Piece]] = {}
-    for decode_tp in range(decode.tp):
-        sources = _sources(topology, decode_tp, turn)
-        for decode_stage in range(decode.pp):
-            for target in decode.stage_groups(decode_stage):
-                for stage in range(prefill.pp):
-                    for origin in prefill.stage_groups(stage):
-                        layers = _layers(origin, target)
-                        for tp_rank in sources[target.group.name] if layers else ():
-                            heads, runs = geometry.runs(topology, target.group, tp_rank, decode_tp)
-                            pair = (
-                                decode_stage * decode.tp + decode_tp,
-                                stage * prefill.tp + tp_rank,
-                            )
-                            piece = Piece(target.group.name, layers, runs, heads)
-                            found.setdefault(pair, []).append(piece)
-    transfers = (Transfer(p, d, tuple(found[d, p])) for d, p in sorted(found))
-    return Plan(topology, direction, turn, tuple(transfers))
+    return Plan(topology, direction, turn)
 
 
 def _layers(origin: StageGroup, target: StageGroup) -> tuple[tuple[int, int], ...]:
@@ -179,6 +242,28 @@ def _layers(origin: StageGroup, target: StageGroup) -> tuple[tuple[int, int], ..
     return tuple((origin.region(layer), target.region(layer)) for layer in range(first, end))
 
 
+def _ranges(side: Side, group: LayerGroup, first: int, end: int) -> range:
+    """The numbers of the head ranges of a side that heads ``first`` to ``end - 1`` are in."""
+    count = side.heads(group, 0).count
+    return range(first // count, (end - 1) // count + 1)
+
+
+def _ranks_of(side: Side, group: LayerGroup, ranges: range) -> range:
+    """The ranks that hold these head ranges."""
+    replicas = len(side.heads(group, 0).ranks)
+    return range(ranges.start * replicas, ranges.stop * replicas)
+
+
+def _readers(topology: Topology, prefill_tp: int) -> tuple[int, ...]:
+    """The decode ranks that need heads which a prefill rank holds."""
+    found: set[int] = set()
+    for group in topology.shared:
+        held = topology.prefill.heads(group, prefill_tp)
+        wanted = _ranges(topology.decode, group, held.first, held.end)
+        found.update(_ranks_of(topology.decode, group, wanted))
+    return tuple(sorted(found))
+
+
 def _sources(topology: Topology, decode_tp: int, turn: int) -> dict[str, tuple[int, ...]]:
     """For each group the prefill ranks of a stage that a decode rank reads from, by head."""
     found: dict[str, tuple[int, ...]] = {}
@@ -186,32 +271,35 @@ def _sources(topology: Topology, decode_tp: int, turn: int) -> dict[str, tuple[i
     # Where there is a choice, a rank that is needed for other layers is better than one more.
     for group in sorted(topology.shared, key=lambda g: -g.kv_heads):
         needed = topology.decode.heads(group, decode_tp)
-        chosen = []
-        for held in topology.prefill.head_ranges(group):
-            if held.first < needed.end and needed.first < held.end:
-                chosen.append(_replica(topology, group, held, decode_tp, turn, used))
-        found[group.name] = tuple(chosen)
-        used.update(chosen)
+        each = topology.prefill.heads(group, 0)
+        found[group.name] = tuple(
+            _replica(topology, group, number * each.count, each, decode_tp, turn, used)
+            for number in _ranges(topology.prefill, group, needed.first, needed.end)
+        )
+        used.update(found[group.name])
     return found
 
 
 def _replica(
     topology: Topology,
     group: LayerGroup,
-    held: HeadRange,
+    first: int,
+    each: HeadRange,
     decode_tp: int,
     turn: int,
     used: set[int],
 ) -> int:
-    """One of the ranks that hold a range: decode ranks that need it are spread over them."""
-    ranks: list[int] = list(held.ranks)
+    """One of the ranks that hold a range: decode ranks that need it are spread over them.
+
+    Args:
+        first: The first head of the range.
+        each: Another range of that side, of the same size and on as many ranks.
+    """
+    replicas, number = len(each.ranks), first // each.count
+    ranks: Sequence[int] = range(number * replicas, (number + 1) * replicas)
     if topology.chosen is not None:
-        ranks = [rank for rank in ranks if rank in topology.chosen[decode_tp]]
-    ranks = [rank for rank in ranks if rank in used] or ranks
-    readers = [
-        rank
-        for wanted in topology.decode.head_ranges(group)
-        if wanted.first < held.end and held.first < wanted.end
-        for rank in wanted.ranks
-    ]
+        ranks = sorted({rank for rank in topology.chosen[decode_tp] if rank in ranks})
+    ranks = sorted(rank for rank in used if rank in ranks) or ranks
+    wanted = _ranges(topology.decode, group, first, first + each.count)
+    readers = _ranks_of(topology.decode, group, wanted)
     return ranks[(readers.index(decode_tp) * len(ranks) // len(readers) + turn) % len(ranks)]

@@ -128,8 +128,10 @@ class Side:
 
     def heads(self, group: LayerGroup, tp_rank: int) -> HeadRange:
         """The range that a tensor parallel rank holds."""
-        ranges = self.head_ranges(group)
-        return ranges[tp_rank // len(ranges[0].ranks)]
+        ranges = min(self.tp, group.kv_heads)
+        replicas, count = self.tp // ranges, group.kv_heads // ranges
+        number = tp_rank // replicas
+        return HeadRange(number * count, count, range(number * replicas, (number + 1) * replicas))
 
     def part_bytes(self, group: LayerGroup) -> tuple[int, ...]:
         """Bytes of each part in a block of one rank."""

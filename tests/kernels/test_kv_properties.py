@@ -149,7 +149,15 @@ def mutate(plan: kv_layout.Plan, change) -> kv_layout.Plan:
     first = plan.transfers[0]
     piece = replace(first.pieces[0], runs=change(first.pieces[0].runs))
     transfer = replace(first, pieces=(piece, *first.pieces[1:]))
-    return replace(plan, transfers=(transfer, *plan.transfers[1:]))
+    return with_transfers(plan, (transfer, *plan.transfers[1:]))
+
+
+def with_transfers(plan: kv_layout.Plan, transfers) -> kv_layout.Plan:
+    """Another plan, whose transfers are not computed from its topology."""
+    changed = replace(plan)
+    by_pair = {(t.prefill_rank, t.decode_rank): t for t in transfers}
+    vars(changed).update(_by_pair=by_pair, transfers=tuple(transfers))
+    return changed
 
 
 def run(**change):
@@ -196,7 +204,7 @@ def test_swapped_ranks_are_seen(sizes, seed):
     transfers = [
         replace(t, prefill_rank=swapped.get(t.prefill_rank, t.prefill_rank)) for t in plan.transfers
     ]
-    wrong = replace(plan, transfers=tuple(transfers))
+    wrong = with_transfers(plan, transfers)
     assert world.fault(topology, wrong, 11, 0, seed) is not None
 
 
