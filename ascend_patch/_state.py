@@ -19,6 +19,7 @@ from typing import Any
 
 from ascend_patch import __version__, _bootstrap, _peers, _rundir
 from ascend_patch._calls import LEFT, Counters
+from ascend_patch._guard import contained
 
 UNAPPLIED = ("skipped", "failed")
 
@@ -69,6 +70,7 @@ class ProcessState:
         self._started = time.time()
         self._lock = threading.RLock()
 
+    @contained("the status files were made")
     def open_files(self) -> None:
         """Make this process's files; where that fails vLLM runs on and `problems` says why."""
         self._files_of = os.getpid()
@@ -79,6 +81,7 @@ class ProcessState:
             self._directory = None
             self._problem(f"no status file: {error}")
 
+    @contained("the process forked")
     def after_fork(self) -> None:
         """A forked child counts its own calls, and has files of its own once it writes.
 
@@ -101,7 +104,7 @@ class ProcessState:
             "pid": os.getpid(),
             "parent": os.getppid(),
             "role": role(),
-            "command": " ".join(" ".join(sys.orig_argv).split())[:500],
+            "command": " ".join(" ".join(getattr(sys, "orig_argv", ())).split())[:500],
             "started": self._started,
             "door": _bootstrap.doors[0] if _bootstrap.doors else "none",
             **self.facts,
@@ -121,6 +124,7 @@ class ProcessState:
             "counters": list(self.counters.names),
         }
 
+    @contained("the status file was written")
     def write(self) -> None:
         """Write the status file; a reader sees the old one or the new one, never half of one."""
         # Threads that import two targets at once write at once.
@@ -138,6 +142,7 @@ class ProcessState:
                 self._directory = None
                 self._problem(f"no status file: {error}")
 
+    @contained("the decision was announced")
     def announce(self) -> None:
         """Say on stderr what was decided: loudly what was asked for by name and will not be."""
         for patch in self.patches.values():
@@ -167,7 +172,7 @@ def role() -> str:
     if name == "MainProcess":
         return (
             "ray worker"
-            if "ray" in sys.modules and "default_worker.py" in sys.argv[0]
+            if "ray" in sys.modules and "default_worker.py" in "".join(sys.argv[:1])
             else "front end"
         )
     return name
