@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
@@ -20,11 +19,7 @@ def explain_text(patch_id: str) -> str:
     Raises:
         KeyError: There is no such patch; the message names the known ones.
     """
-    return as_text(explain(patch_id))
-
-
-def as_text(found: dict[str, Any]) -> str:
-    """What `explain` found as text, in which no sentence is said twice."""
+    found = explain(patch_id)
     lines = [
         f"{found['id']} (version {found['version']}): {found['summary']}",
         f"  why          {found['why']}",
@@ -33,40 +28,15 @@ def as_text(found: dict[str, Any]) -> str:
         f"  here         {found['state']}: {found['reason']}",
         f"  selected     {found['selected']}",
     ]
-    if not found["installed"]:
-        return "\n".join([*lines, f"  applies to   {found['applies_to']}"])
-    said = {found["reason"]}
-    groups: dict[Any, list[dict[str, Any]]] = {}
-    for number, band in enumerate(found["bands"]):
-        # One whose targets are worth reading stands alone.
-        key = number if band["in_question"] else (band["state"], band["reason"])
-        groups.setdefault(key, []).append(band)
-    for bands in groups.values():
-        state, reason = bands[0]["state"], bands[0]["reason"]
-        why = "" if reason in said else f": {reason}"
-        said.add(reason)
-        lines.append(f"  {'; '.join(band['name'] for band in bands)}: {state}{why}")
-        if bands[0]["in_question"]:
-            lines.extend(_target_lines(bands[0]["targets"], said))
+    for band in found["bands"]:
+        lines.append(f"  {band['name']}: {band['state']}: {band['reason']}")
+        for target in band["targets"] if band["in_question"] else ():
+            lines.append(f"    {target['state']:<11} {target['id']} ({target['seam']} seam)")
+            lines.extend(f"                {sentence}" for sentence in target["reasons"])
     if found["untouched"]:
         lines.append("  left as it is:")
         lines.extend(f"    {sentence}" for sentence in found["untouched"])
     return "\n".join(lines)
-
-
-def _target_lines(targets: list[dict[str, Any]], said: set[str]) -> Iterator[str]:
-    """The targets, those with the same reasons together, and below them what was not said yet."""
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for target in targets:
-        groups.setdefault(tuple(target["reasons"]), []).append(target)
-    for reasons, alike in groups.items():
-        for target in alike:
-            yield f"    {target['state']:<11} {target['id']} ({target['seam']} seam)"
-        new = [sentence for sentence in reasons if sentence not in said]
-        said.update(new)
-        yield from (f"                {sentence}" for sentence in new)
-        if len(new) < len(reasons):
-            yield f"                {'and ' if new else ''}{len(reasons) - len(new)} named above"
 
 
 def explain(patch_id: str) -> dict[str, Any]:
@@ -80,10 +50,9 @@ def explain(patch_id: str) -> dict[str, Any]:
     if name not in registry:
         raise KeyError(f"there is no patch {patch_id!r}; there are {', '.join(registry)}")
     patch, installed = registry[name], _versions.find()
-    decision = _decide(patch, installed)
+    decision = _plan.decide(patch, installed)
     return {
         **_document(patch),
-        "installed": installed.host in installed.roots,
         "state": decision.state,
         "reason": decision.reason,
         "selected": _selected(name, registry),
@@ -98,20 +67,9 @@ def catalogue() -> list[dict[str, Any]]:
     installed = _versions.find()
     rows = []
     for patch in _registry.load().values():
-        decision = _decide(patch, installed)
+        decision = _plan.decide(patch, installed)
         rows.append({**_document(patch), "state": decision.state, "reason": decision.reason})
     return rows
-
-
-def _decide(patch: Patch, installed: Installed) -> _plan.Decision:
-    """The decision; where the host is missing, which alone matters then, it says that."""
-    if installed.host in installed.roots:
-        return _plan.decide(patch, installed)
-    reason = (
-        f"{installed.host} is not installed for this interpreter ({sys.executable}), so there is "
-        "nothing to look at; ask with the interpreter that it is installed for"
-    )
-    return _plan.Decision(patch, "skipped", reason)
 
 
 def applies_to(patch: Patch) -> str:
@@ -160,7 +118,6 @@ def _band(band: Band, decision: _plan.Decision, installed: Installed) -> dict[st
         "reason": reason,
         # Where it might apply here, but for its source, its targets are worth reading.
         "in_question": band.host == installed.host
-        and installed.host in installed.roots
         and _covers(band, installed)
         and not _comes_too_late(band, decision),
         "targets": [_target(target, band, state, installed) for target in band.targets],
@@ -168,8 +125,6 @@ def _band(band: Band, decision: _plan.Decision, installed: Installed) -> dict[st
 
 
 def _band_state(band: Band, decision: _plan.Decision, installed: Installed) -> tuple[str, str]:
-    if band.host == installed.host and installed.host not in installed.roots:
-        return decision.state, decision.reason
     if band.host != installed.host:
         return "superseded", f"{installed.host} is the active host: {installed.host_reason}"
     if band == decision.band:

@@ -1,153 +1,264 @@
-"""Where status files live: a directory per server start, in the user's own runtime directory."""
+"""Where status files live: a directory for each server start, in a directory of the shim's own.
+
+That is `ascend-patch-UID`, below what ASCEND_PATCHES_STATUS_DIR names, else below the user's own
+XDG_RUNTIME_DIR, else below the temporary directory. It holds a directory a run, named by the time
+and the process that began it; a run holds three files a process, named by its id and its start:
+`.json` the record, `.calls` the counters, `.tmp` the record while it is being written.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 import stat
-import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from ascend_patch import _calls
+from ascend_patch import _liveness, _prune
+from ascend_patch._files import DIRECTORY_NAME, RUN_NAME, create, opened
 
 DIRECTORY_VARIABLE = "ASCEND_PATCHES_STATUS_DIR"
 RUN_VARIABLE = "ASCEND_PATCHES_RUN"
-KEEP_ENDED_RUNS = 1
-# A run without files may be one that is being made right now.
-SECONDS_TO_START = 60.0
+# What RUN_VARIABLE says where a process and its children leave no files: those of doctor.
+NO_FILES = "none"
+# Names that are taken already are followed by a number, up to this one.
+MOST_OF_A_NAME = 1000
+ADVICE = f"set {DIRECTORY_VARIABLE} to an absolute path below which you can write"
 
 
 class RunDirectoryError(OSError):
     """No directory for status files can be used; the message says which and why."""
 
 
+@dataclass(frozen=True)
+class Run:
+    """The directory of one server start.
+
+    Attributes:
+        root: The directory of the shim's own that holds it.
+        begins: Whether this process began it.
+    """
+
+    root: Path
+    name: str
+    begins: bool
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        return self.root / self.name
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[int]:
+        """A descriptor of the directory, checked at every step: no link leads elsewhere.
+
+        Raises:
+            OSError: It is gone, or somebody has put something else in its place.
+        """
+        with opened(self.root) as root, opened(self.name, root) as run:
+            yield run
+
+    def make_again(self) -> None:
+        """Make the directory once more after somebody has removed it, as cleaners of /tmp do.
+
+        Raises:
+            OSError: It cannot be made.
+        """
+        _make_root(self.root)
+        with opened(self.root) as root, contextlib.suppress(FileExistsError):
+            _make(self.name, root)
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Write a file whole or not at all: a reader sees the old one or the new one.
+
+        Raises:
+            OSError: It cannot be written; the old one is still there.
+        """
+        temporary = f"{name.rpartition('.')[0]}.tmp"
+        with self.opened() as run:
+            try:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary, dir_fd=run)
+                with open(create(temporary, run), "wb") as file:
+                    file.write(data)
+                os.replace(temporary, name, src_dir_fd=run, dst_dir_fd=run)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary, dir_fd=run)
+                raise
+
+
 def base() -> Path:
-    """The directory that holds every run of this user; it need not exist."""
-    explicit = os.environ.get(DIRECTORY_VARIABLE, "").strip()
-    if explicit:
-        return Path(explicit)
+    """The directory that holds every run which this user begins now; it need not exist.
+
+    Raises:
+        RunDirectoryError: The variable names no absolute path, or there is no place for files.
+    """
+    explicit = named()
+    if explicit is not None:
+        return explicit / own_name()
+    for place in _default_places():
+        if os.access(place, os.W_OK | os.X_OK):
+            return place / own_name()
+    tried = " nor ".join(map(str, _default_places()))
+    raise RunDirectoryError(f"there is no place for status files: {tried} can be written; {ADVICE}")
+
+
+def readable() -> list[Path]:
+    """The directories in which runs may be found, this user's own first.
+
+    Below a directory that was named explicitly those of other users too: a server may run as
+    another user than the one who asks for its status.
+
+    Raises:
+        RunDirectoryError: The variable names no absolute path.
+    """
+    explicit = named()
+    if explicit is None:
+        return [place / own_name() for place in _default_places()]
+    others = set()
+    with contextlib.suppress(OSError), os.scandir(explicit) as entries:
+        for entry, _ in zip(entries, range(MOST_OF_A_NAME), strict=False):
+            if DIRECTORY_NAME.fullmatch(entry.name):
+                others.add(entry.name)
+    return [explicit / name for name in (own_name(), *sorted(others - {own_name()}))]
+
+
+def named() -> Path | None:
+    """The directory that ASCEND_PATCHES_STATUS_DIR names, if it does.
+
+    Raises:
+        RunDirectoryError: It is relative: every process would have another one.
+    """
+    text = os.environ.get(DIRECTORY_VARIABLE, "").strip()
+    if not text:
+        return None
+    if not os.path.isabs(text):
+        raise RunDirectoryError(
+            f"{DIRECTORY_VARIABLE}={text} is a relative path, so every working directory would "
+            f"get files of its own; {ADVICE}"
+        )
+    return Path(text)
+
+
+def own_name() -> str:
+    """The name of this user's directory."""
+    return f"ascend-patch-{os.getuid()}"
+
+
+def _default_places() -> list[Path]:
+    found = []
     runtime = os.environ.get("XDG_RUNTIME_DIR", "").strip()
-    if runtime and os.access(runtime, os.W_OK | os.X_OK):
-        return Path(runtime) / "ascend-patch"
-    return Path(tempfile.gettempdir()) / f"ascend-patch-{os.getuid()}"
+    if os.path.isabs(runtime) and _owner(runtime) == os.getuid():
+        # That of another user, which `su` leaves set, is removed when that user logs out.
+        found.append(Path(runtime))
+    # As tempfile looks for it, but for the working directory, which no reader would find.
+    texts = [os.environ.get(name, "").strip() for name in ("TMPDIR", "TEMP", "TMP")]
+    texts = [text for text in (*texts, "/tmp", "/var/tmp") if os.path.isabs(text)]
+    return list(dict.fromkeys([*found, *map(Path, texts)]))
 
 
-def enter() -> tuple[Path, bool]:
-    """This process's run directory, made if need be, and whether this process began the run.
+def _owner(path: str) -> int | None:
+    try:
+        return os.stat(path).st_uid
+    except (OSError, ValueError):
+        return None
 
-    The run's name travels in ASCEND_PATCHES_RUN, so children join the run of their parent.
+
+def enter() -> Run | None:
+    """This process's run, made if need be; None where it is to leave no files.
+
+    The run's name travels in ASCEND_PATCHES_RUN, so children join the run of their parent. Who
+    begins one removes old ones, for some milliseconds; see `_prune`.
 
     Raises:
         RunDirectoryError: It cannot be made, or belongs to somebody else.
     """
-    root = base()
-    _make_private(root)
-    run = os.environ.get(RUN_VARIABLE, "")
-    begins = run in ("", "..") or Path(run).name != run or not (root / run).is_dir()
-    if begins:
-        prune(root, KEEP_ENDED_RUNS)
-        run = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
-        os.environ[RUN_VARIABLE] = run
-    path = root / run
-    _make_private(path)
-    return path, begins
-
-
-def runs(root: Path) -> list[Path]:
-    """The run directories, newest first."""
+    name = os.environ.get(RUN_VARIABLE, "")
+    if name == NO_FILES:
+        return None
+    path = base()
     try:
-        found = [path for path in root.iterdir() if path.is_dir() and not path.is_symlink()]
-    except OSError:
-        return []
-    return sorted(found, key=lambda path: (_modified(path), path.name), reverse=True)
-
-
-def prune(root: Path, keep: int) -> None:
-    """Remove runs in which no process is left, but for the newest `keep` of them."""
-    ended = [run for run in runs(root) if _has_ended(run)]
-    for run in ended[keep:]:
-        shutil.rmtree(run, ignore_errors=True)
-
-
-def _has_ended(run: Path) -> bool:
-    found = status_files(run)
-    if not found:
-        return time.time() - _modified(run) > SECONDS_TO_START
-    return not any(is_running(file) for file in found)
-
-
-def status_files(run: Path) -> list[Path]:
-    """The status files of a run, one a process."""
-    return [path for path in run.glob("*.json") if _owner(path) is not None]
-
-
-def is_running(file: Path) -> bool:
-    """Whether the process that wrote a status file still runs, here or in another container."""
-    mapped = _calls.is_mapped(file.with_suffix(".calls"))
-    if mapped is not None:
-        return mapped
-    owner = _owner(file)
-    return owner is not None and is_alive(*owner)
-
-
-def _owner(file: Path) -> tuple[int, int] | None:
-    pid, _, started = file.stem.partition("-")
-    return (int(pid), int(started)) if pid.isdecimal() and started.isdecimal() else None
-
-
-def file_stem() -> str:
-    """The name of this process's files: its id and start time, since ids are used again."""
-    return f"{os.getpid()}-{start_time(os.getpid())}"
-
-
-def start_time(pid: int) -> int:
-    """Clock ticks after boot when the process started; 0 where the system does not tell."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return 0
-    # The second field, the command, may hold spaces and parentheses of its own.
-    return int(text.rpartition(")")[2].split()[19])
-
-
-def is_alive(pid: int, started: int) -> bool:
-    """Whether the process with this id is still the one that started then."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    if not started:
-        return True
-    return start_time(pid) == started and not _is_zombie(pid)
-
-
-def _is_zombie(pid: int) -> bool:
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return True
-    return text.rpartition(")")[2].split()[0] in ("Z", "X")
-
-
-def _make_private(path: Path) -> None:
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = path.lstat()
+        _make_root(path)
+        with opened(path) as root:
+            if RUN_NAME.fullmatch(name) and _is_directory(name, root):
+                return Run(path, name, begins=False)
+            _prune.prune(root)
+            name = _begin(root)
     except OSError as error:
-        raise RunDirectoryError(
-            f"{path} cannot be made ({error}); set {DIRECTORY_VARIABLE} to a directory of yours"
-        ) from error
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise RunDirectoryError(
-            f"{path} is not a directory of yours; remove it or set {DIRECTORY_VARIABLE}"
-        )
+        raise _unusable(path, error) from error
+    os.environ[RUN_VARIABLE] = name
+    return Run(path, name, begins=True)
 
 
-def _modified(path: Path) -> float:
+def stems() -> Iterator[str]:
+    """Names of this process's files, to be tried in turn: its id and start, which are used again.
+
+    In two pid namespaces the same id and start may be two processes.
+    """
+    stem = f"{os.getpid()}-{_liveness.start_time(os.getpid())}"
+    yield stem
+    for number in range(2, MOST_OF_A_NAME):
+        yield f"{stem}-{number}"
+
+
+def examine() -> Path:
+    """Where this user's runs go, found usable without making anything.
+
+    Raises:
+        RunDirectoryError: It is not usable.
+    """
+    path = base()
+    there = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    if there == path:
+        try:
+            with opened(path):
+                pass
+        except OSError as error:
+            raise _unusable(path, error) from error
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RunDirectoryError(f"{path} cannot be written; {ADVICE}")
+    return path
+
+
+def _unusable(path: Path, error: OSError) -> RunDirectoryError:
+    return RunDirectoryError(f"{path} cannot be used: {error.strerror or error}; {ADVICE}")
+
+
+def _make_root(path: Path) -> None:
+    os.makedirs(path.parent, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    with opened(path) as root:
+        mode = stat.S_IMODE(os.fstat(root).st_mode)
+        # Whatever the umask took away, and whatever lets others write.
+        wanted = (mode | 0o700) & ~(stat.S_IWGRP | stat.S_IWOTH)
+        if mode != wanted:
+            os.fchmod(root, wanted)
+
+
+def _begin(root: int) -> str:
+    name = first = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
+    for number in range(2, MOST_OF_A_NAME):
+        try:
+            _make(name, root)
+            return name
+        except FileExistsError:
+            # In another pid namespace a process of the same id began in the same second.
+            name = f"{first}-{number}"
+    raise FileExistsError(f"there are {MOST_OF_A_NAME} runs named {first}")
+
+
+def _make(name: str, root: int) -> None:
+    os.mkdir(name, 0o700, dir_fd=root)
+    # Whatever the umask took away.
+    os.chmod(name, 0o700, dir_fd=root)
+
+
+def _is_directory(name: str, root: int) -> bool:
     try:
-        return path.stat().st_mtime
+        return stat.S_ISDIR(os.stat(name, dir_fd=root, follow_symlinks=False).st_mode)
     except OSError:
-        return 0.0
+        return False

@@ -1,92 +1,58 @@
-"""Reads what the processes of a run wrote, while they run or after they ended."""
+"""The report of `ascend-patch status`: what the processes of each run wrote, as lines."""
 
 from __future__ import annotations
 
-import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
-from ascend_patch import _calls, _rundir
+from ascend_patch import _status_read
+from ascend_patch._status_schema import printable
 
 
 def runs(root: Path | None = None) -> list[dict[str, Any]]:
-    """Every run that left files, newest first.
+    """Every run that left files, newest first; see `_status_read.Found.runs`.
 
     Args:
-        root: The directory that holds the runs; this user's own by default.
-
-    Returns:
-        Per run its id, start (seconds since the epoch), whether a process is alive, and its
-        processes with their patches, targets and call counts.
+        root: The directory that holds the runs; where the shim puts them by default.
     """
-    found = []
-    for path in _rundir.runs(_rundir.base() if root is None else root):
-        processes = [process for file in path.glob("*.json") if (process := _process(file))]
-        if processes:
-            processes.sort(key=lambda process: process["started"])
-            found.append(
-                {
-                    "id": path.name,
-                    "started": processes[0]["started"],
-                    "alive": any(process["alive"] for process in processes),
-                    "processes": processes,
-                }
-            )
-    return found
-
-
-def _process(file: Path) -> dict[str, Any] | None:
-    try:
-        process: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        # Being replaced or removed right now; what it held is in the next reading.
-        return None
-    process["alive"] = _rundir.is_running(file)
-    calls = _calls.read(file.with_suffix(".calls"), process.get("counters", []))
-    for patch in process["patches"]:
-        for target in patch["targets"]:
-            target["calls"] = calls.get(f"{patch['id']}/{target['id']}", target["calls"])
-    # Files that were written before there was either.
-    for patch, found in process.setdefault("verification", {}).items():
-        found["compared"] = calls.get(f"verify/{patch}", found["compared"])
-    process.setdefault("self_tests", {})
-    process.setdefault("peers", [])
-    left = process.setdefault("left_to_host", {})
-    left |= {
-        name.removeprefix(_calls.LEFT): value
-        for name, value in calls.items()
-        if name.startswith(_calls.LEFT)
-    }
-    process["kernels"] |= {
-        name.removeprefix("kernel/"): value
-        for name, value in calls.items()
-        if name.startswith("kernel/")
-    }
-    return process
+    if root is None:
+        return _status_read.read().runs
+    found = _status_read.Found()
+    _status_read.read_directory(root, os.geteuid(), found)
+    return found.runs
 
 
 def as_text(run: dict[str, Any]) -> list[str]:
-    """One run as lines of at most 100 columns, but for reasons, which are never cut."""
+    """One run as lines of at most 100 columns, but for reasons, which are never cut.
+
+    Control characters are escaped: another process has written them.
+    """
+    return [printable(line) for line in _lines(run)]
+
+
+def _lines(run: dict[str, Any]) -> list[str]:
     first = run["processes"][0]
-    version = first.get("versions", {}).get(first.get("host", ""), "unknown")
-    age = _duration(time.time() - run["started"])
+    version = first["versions"].get(first["host"], "unknown")
+    of = "" if run.get("user", os.geteuid()) == os.geteuid() else f" of user {run['user']}"
+    shown, helpers = _apart(run)
     lines = [
-        f"run {run['id']}: {'running' if run['alive'] else 'ended'}, started {age} ago",
-        f"  ASCEND_PATCHES={first.get('selection', '?')}, host {first.get('host', '?')} {version}, "
-        f"device {first.get('device', '?')}",
+        f"run {run['id']}{of}: {'running' if run['alive'] else 'ended'}, {_since(run['started'])}",
+        f"  ASCEND_PATCHES={first['selection']}, host {first['host']} {version}, "
+        f"device {first['device']}",
         "",
         f"  {'process':<20} {'pid':>8}  {'patch':<18} {'state':<11} {'calls':>12}  targets",
     ]
-    for process in run["processes"]:
-        label = process["role"] + ("" if process["alive"] else " (ended)")
+    for process in shown:
+        label = process["role"] + _how_ended(process)
         for patch in process["patches"] or [_NO_PATCH]:
             applied = sum(target["state"] == "applied" for target in patch["targets"])
             calls = sum(target["calls"] for target in patch["targets"])
-            of = f"{applied} of {len(patch['targets'])} applied" if patch["targets"] else "-"
+            count = f"{applied} of {len(patch['targets'])} applied" if patch["targets"] else "-"
             lines.append(
                 f"  {label:<20} {process['pid']:>8}  {patch['id']:<18} {patch['state']:<11} "
-                f"{calls:>12}  {of}"
+                f"{calls:>12}  {count}"
             )
             label = ""
         if process["kernels"]:
@@ -100,8 +66,40 @@ def as_text(run: dict[str, Any]) -> list[str]:
             lines.append(f"{_ASIDE}beside it: {', '.join(process['peers'])}")
         lines += [f"{_ASIDE}self-test of {p}: {t}" for p, t in process["self_tests"].items()]
         lines += [f"{_ASIDE}{_compared(p, f)}" for p, f in process["verification"].items()]
+    if any(_how_ended(process) == _KILLED for process in shown):
+        lines.append("  killed: by a signal, a crash, or os._exit; it did not end by itself")
+    for process in helpers:
+        lines.append(f"  {process['pid']} has done its work and ended: {process['command'][:60]}")
     lines.extend(_reasons(run))
     return lines
+
+
+def _apart(run: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The processes of the server, and helpers of it that have ended.
+
+    vLLM starts some that import it and end by themselves, to look at a model's class for example.
+    They are main processes like the front end, but began no run, and it goes on without them.
+    """
+    helpers = [
+        process
+        for process in run["processes"]
+        if run["alive"]
+        and not process["alive"]
+        and process["role"] == "front end"
+        and not process["begins_run"]
+        and process["ended"] is not None
+    ]
+    return [process for process in run["processes"] if process not in helpers], helpers
+
+
+_KILLED = " (killed)"
+
+
+def _how_ended(process: dict[str, Any]) -> str:
+    if process["alive"]:
+        return ""
+    # Versions before the first format did not note it.
+    return _KILLED if process["ended"] is None and process["format"] else " (ended)"
 
 
 _ASIDE = " " * 33
@@ -138,7 +136,19 @@ def _reasons(run: dict[str, Any]) -> list[str]:
                 if target["reason"]
             )
         found.update((f"{process['role']}: {problem}", None) for problem in process["problems"])
+        counting = process["counting"]
+        if counting["kept"] == "written":
+            what = counting["file_system"] or "this file system"
+            found[
+                f"{process['role']}: calls of the last moment may be missing: {what} keeps no "
+                "space for a mapping, so they are written ten times a second"
+            ] = None
     return ["", *(f"  {sentence}" for sentence in found)] if found else []
+
+
+def _since(started: float) -> str:
+    seconds = time.time() - started
+    return f"started {_duration(seconds)} ago" if seconds > -60 else "started in the future"
 
 
 def _duration(seconds: float) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from ascend_patch._guard import describe, ends_import
 from ascend_patch._state import ProcessState
 from ascend_patch._verify import VARIABLE, Verification
 
@@ -37,10 +36,8 @@ def watch_worker(module: ModuleType, state: ProcessState, verification: Verifica
         result = original(self, *args, **kwargs)
         try:
             hook_worker(self.worker, verification)
-        except BaseException as error:
-            if ends_import(error):
-                raise
-            state.problems.append(f"{VARIABLE}: no step was found: {describe(error)}")
+        except Exception as error:
+            state.problems.append(f"{VARIABLE}: no step was found: {type(error).__name__}: {error}")
         return result
 
     wrapper.init_device = init_device

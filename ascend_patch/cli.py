@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 from ascend_patch import __version__
 
 COLUMNS = 100
+STATUS_EXIT = "exit status 0 if there is a run, 1 if there is none, with --json or without"
 KERNEL_DEVICES = ("npu", "cuda", "cpu")
 COLOURS = {
     "applied": "32",
@@ -34,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 if all is well, 1 if something is wrong, 2 for a wrong command line.
     """
     arguments = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that knows ASCII alone is no reason for a traceback.
+            stream.reconfigure(errors="backslashreplace")
     try:
         status: int = arguments.command(arguments)
     except ModuleNotFoundError as error:
@@ -43,11 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{error.name} is missing, so nothing is patched; pip install {error.name}",
             arguments.json,
         )
-    except ValueError as error:
-        # A variable that names no device, which each command reads; its class needs `packaging`.
-        if type(error).__name__ != "DeviceError":
-            raise
-        return _complain(str(error), arguments.json)
     except BrokenPipeError:
         # The reader, `head` for example, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -68,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
         ("doctor", _doctor, "is anything wrong with this installation? exit status 1 if so"),
         ("verify", _verify, "are the kernels right on this device? a report for a bug"),
     ):
-        command = commands.add_parser(name, help=text, description=text)
+        more = f"; {STATUS_EXIT}" if name == "status" else ""
+        command = commands.add_parser(name, help=text, description=text + more)
         command.set_defaults(command=function)
         if name == "verify":
             _add_verify(command)
@@ -110,23 +112,30 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from ascend_patch import _rundir, _status
+    from ascend_patch import _rundir, _status, _status_read
 
-    runs = _status.runs()
+    try:
+        found = _status_read.read()
+        place = "" if found.runs or found.problems else str(_rundir.base())
+    except _rundir.RunDirectoryError as error:
+        return _complain(str(error), arguments.json)
+    runs = found.runs
     if arguments.json:
-        return _print_json({"runs": runs})
-    if not runs:
+        _print_json({"runs": runs, "problems": found.problems})
+        return 0 if runs else 1
+    if place:
         print(
             f"No vLLM was started with ASCEND_PATCHES set, or its status directory is another one "
-            f"(looked in {_rundir.base()})."
+            f"(looked in {place})."
         )
-        return 1
     alive = [run for run in runs if run["alive"]]
     for run in runs if arguments.all else alive or runs[:1]:
         for line in _status.as_text(run):
             print(line)
         print()
-    return 0
+    for problem in found.problems:
+        print(f"not read: {problem}")
+    return 0 if runs else 1
 
 
 def _explain(arguments: argparse.Namespace) -> int:
@@ -140,7 +149,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         return _complain(str(error.args[0]), arguments.json)
     if arguments.json:
         return _print_json(found)
-    print(_explain.as_text(found))
+    print(_explain.explain_text(arguments.patch))
     return 0
 
 
@@ -154,7 +163,7 @@ def _explain_case(arguments: argparse.Namespace) -> int:
         return 2
     if arguments.json:
         return _print_json(found)
-    print(_explain_case.as_text(found))
+    print(_explain_case.explain_text(arguments.patch, arguments.case))
     return 0
 
 
@@ -207,7 +216,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         )
         return _verify_cli.report(results, file, only_json=only_json)
     except _verify_cli.VerifyUsageError as error:
-        _complain(str(error), arguments.json)
+        _complain(str(error), only_json)
         return 2
     except ModuleNotFoundError as error:
         if error.name != "torch":
@@ -215,7 +224,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         return _complain(
             "torch is not installed for this interpreter, so no kernel can run; use the one that "
             f"vLLM runs in (this is {sys.executable})",
-            arguments.json,
+            only_json,
         )
     except OSError as error:
         return _complain(f"the report could not be written: {error}", only_json)
@@ -233,23 +242,16 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _print_json(value: Any) -> int:
-    json.dump(value, sys.stdout, indent=1)
-    print()
+    # The only control character that JSON leaves as it is.
+    print(json.dumps(value, indent=1).replace("\x7f", "\\u007f"))
     return 0
 
 
-def _complain(sentence: str, as_json: bool | str) -> int:
-    """Say what is wrong: as text, as JSON, or as text beside JSON in the file that is named."""
-    if as_json is True:
-        _print_json({"error": sentence})
-        return 1
-    print(f"ascend-patch: {sentence}", file=sys.stderr)
+def _complain(sentence: str, as_json: bool) -> int:
     if as_json:
-        try:
-            with open(as_json, "w", encoding="utf-8") as file:
-                file.write(json.dumps({"error": sentence, "ok": False}, indent=1) + "\n")
-        except OSError as error:
-            print(f"ascend-patch: {as_json} could not be written: {error}", file=sys.stderr)
+        _print_json({"error": sentence})
+    else:
+        print(f"ascend-patch: {sentence}", file=sys.stderr)
     return 1
 
 

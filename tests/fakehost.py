@@ -199,7 +199,7 @@ class FakeHost:
         if not fails:
             assert done.returncode == 0, done.stderr
             assert "failed" not in done.stderr, done.stderr
-        states = [json.loads(p.read_text()) for p in sorted(self.status.glob("*/*.json"))]
+        states = [json.loads(p.read_text()) for p in sorted(self.status.rglob("*.json"))]
         return Outcome(done.returncode, done.stdout, done.stderr, states)
 
 

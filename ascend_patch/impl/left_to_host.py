@@ -7,6 +7,7 @@ often: a dictionary look-up and an addition for each call that is left, and noth
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,9 @@ import torch
 from torch.compiler import is_compiling
 
 from ascend_patch._calls import LEFT
-from ascend_patch._log import get_logger
 
-logger = get_logger(__name__)
+# vLLM configures the loggers below its own name in every process that it starts.
+logger = logging.getLogger("vllm.ascend_patch.left_to_host")
 
 # Reasons that are told apart for each patch; what comes after shares one.
 MOST_REASONS = 24

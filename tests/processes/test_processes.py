@@ -63,7 +63,7 @@ def test_all_processes_of_a_run_share_one_directory(host):
     host.patches(BOTH)
     found = host.run(CHILDREN.format(folder=str(host.folder), method="spawn", first=IMPORTED))
     assert len(found.states) == 3
-    assert len(list(host.status.iterdir())) == 1
+    assert len(list(host.status.glob("ascend-patch-*/*"))) == 1
 
 
 def test_a_forked_child_counts_from_zero_and_leaves_its_parents_counts_alone(host):

@@ -81,8 +81,8 @@ def test_status_without_a_run_says_where_it_looked(capsys, installed, tmp_path):
 
 def test_status_as_json_without_a_run(capsys, installed):
     status, out, _ = run(capsys, "status", "--json")
-    assert status == 0
-    assert json.loads(out) == {"runs": []}
+    assert status == 1
+    assert json.loads(out) == {"runs": [], "problems": []}
 
 
 def test_doctor_fails_where_vllm_is_missing(capsys, installed):

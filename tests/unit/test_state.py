@@ -14,17 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from ascend_patch import _calls, _rundir, _state
+from ascend_patch import _calls, _files, _liveness, _prune, _rundir, _state, _status
 from ascend_patch._calls import SLOTS, Counters
 from ascend_patch._state import PatchState, ProcessState, TargetState
 
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    path = tmp_path / "status"
-    monkeypatch.setenv("ASCEND_PATCHES_STATUS_DIR", str(path))
+    """Where the runs of this user are, below what the variable names."""
+    monkeypatch.setenv("ASCEND_PATCHES_STATUS_DIR", str(tmp_path / "status"))
     monkeypatch.setenv("ASCEND_PATCHES_RUN", "")
-    return path
+    return tmp_path / "status" / f"ascend-patch-{os.getuid()}"
 
 
 @pytest.fixture
@@ -50,10 +50,10 @@ def test_counters_are_read_by_another_process_while_this_one_runs(tmp_path):
     counters.share(tmp_path / "x.calls")
     first(), second()
     script = (
-        "import sys; from pathlib import Path; from ascend_patch._calls import read;"
-        "print(read(Path(sys.argv[1]), ['first', 'second']))"
+        "import os, sys; from ascend_patch._calls import read;"
+        "print(read('x.calls', os.open(sys.argv[1], os.O_RDONLY), None, ['first', 'second']))"
     )
-    command = [sys.executable, "-c", script, str(tmp_path / "x.calls")]
+    command = [sys.executable, "-c", script, str(tmp_path)]
     repository = str(Path(_calls.__file__).parents[1])
     done = subprocess.run(command, capture_output=True, text=True, cwd=repository)
     assert done.stdout.strip() == "{'first': 2, 'second': 1}", done.stderr
@@ -94,7 +94,8 @@ def test_a_counter_file_that_is_no_good_reads_as_nothing(tmp_path, content):
     path = tmp_path / "x.calls"
     if content is not None:
         path.write_bytes(content)
-    assert _calls.read(path, ["a"]) == {}
+    with _files.opened(tmp_path) as directory:
+        assert _calls.read(path.name, directory, None, ["a"]) == {}
 
 
 # The status file
@@ -115,14 +116,18 @@ def test_a_snapshot_is_plain_data(state):
 def test_the_status_file_is_replaced_and_never_half_written(state, root, monkeypatch):
     before = status_file(root).read_text()
 
-    def fails(*_):
+    def fails(*_, **__):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(Path, "replace", fails)
+    monkeypatch.setattr(os, "replace", fails)
     state.facts["new"] = 1
     state.write()
     assert status_file(root).read_text() == before
     assert state.problems == ["no status file: the disk is full"]
+    assert sorted(path.suffix for path in root.glob("*/*")) == [".calls", ".json"]
+    monkeypatch.undo()
+    state.write()
+    assert json.loads(status_file(root).read_text())["new"] == 1
 
 
 def test_threads_write_one_status_file_without_a_problem(state, root):
@@ -150,10 +155,11 @@ def test_without_a_directory_one_line_says_so_and_counting_goes_on(
     root, monkeypatch, capfd, obstacle
 ):
     if obstacle == "a file":
+        root.parent.mkdir()
         root.write_text("")
     elif obstacle == "somebody else's":
-        root.mkdir()
-        monkeypatch.setattr(os, "getuid", lambda: 123456)
+        root.mkdir(parents=True)
+        monkeypatch.setattr(os, "geteuid", lambda: 123456)
     else:
         monkeypatch.setenv("ASCEND_PATCHES_STATUS_DIR", "/proc/nowhere")
     state = ProcessState()
@@ -191,17 +197,31 @@ def test_a_child_joins_the_run_of_its_parent(root, state):
     again = ProcessState()
     again.open_files()
     assert not again.begins_run
-    assert len(_rundir.runs(root)) == 1
+    assert len(list(root.iterdir())) == 1
 
 
-@pytest.mark.parametrize("run", ["gone", "..", ".", "a/../..", "../status"])
+@pytest.mark.parametrize("run", ["gone", "..", ".", "a/../..", "../status", "20261121T193704-1"])
 def test_a_run_that_is_not_one_of_ours_is_not_joined(root, monkeypatch, run):
-    root.mkdir()
+    (root / "gone").mkdir(parents=True)
     monkeypatch.setenv("ASCEND_PATCHES_RUN", run)
-    path, begins = _rundir.enter()
-    assert begins
-    assert path.parent == root
-    assert path.name == os.environ["ASCEND_PATCHES_RUN"] != run
+    entered = _rundir.enter()
+    assert entered.begins
+    assert entered.path.parent == root
+    assert entered.name == os.environ["ASCEND_PATCHES_RUN"] != run
+
+
+def test_a_run_that_a_cleaner_of_temporary_files_removed_is_made_again(root, state):
+    (run,) = root.iterdir()
+    for file in run.iterdir():
+        file.unlink()
+    run.rmdir()
+    root.rmdir()
+    state.counters.counter("kernel/rope")()
+    state.write()
+    assert state.problems == []
+    (found,) = _status.runs(root)
+    assert (found["id"], found["alive"]) == (run.name, True)
+    assert found["processes"][0]["kernels"] == {"rope": 1}
 
 
 def test_the_directory_is_the_users_own(root, state):
@@ -212,8 +232,13 @@ def test_the_directory_is_the_users_own(root, state):
 def test_the_runtime_directory_is_used_where_it_can_be(tmp_path, monkeypatch, writable):
     monkeypatch.delenv("ASCEND_PATCHES_STATUS_DIR", raising=False)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path if writable else tmp_path / "gone"))
-    expected = tmp_path / "ascend-patch" if writable else f"ascend-patch-{os.getuid()}"
-    assert str(_rundir.base()).endswith(str(expected))
+    name = f"ascend-patch-{os.getuid()}"
+    assert str(_rundir.base()).endswith(str(tmp_path / name if writable else name))
+
+
+def run_name(number: int, pid: int = 1) -> str:
+    """A name as the shim gives it."""
+    return f"20261121T{number:06d}-{pid}"
 
 
 def make_run(root: Path, name: str, *stems: str, age: float = 3600) -> Path:
@@ -225,9 +250,22 @@ def make_run(root: Path, name: str, *stems: str, age: float = 3600) -> Path:
     return path
 
 
-def prune(root: Path) -> list[str]:
-    _rundir.prune(root, keep=0)
+def prune(root: Path, keep: int = 0) -> list[str]:
+    with _files.opened(root) as descriptor:
+        _prune.prune(descriptor, keep, seconds=60)
     return sorted(path.name for path in root.iterdir())
+
+
+def is_running(file: Path) -> bool:
+    with _files.opened(file.parent) as descriptor:
+        return _liveness.is_running(descriptor, file.stem, os.getuid())
+
+
+def own_stem() -> str:
+    return next(_rundir.stems())
+
+
+ALIVE, DEAD, OTHER = run_name(1), run_name(2), run_name(3)
 
 
 def dead_pid() -> int:
@@ -237,13 +275,13 @@ def dead_pid() -> int:
 
 
 def test_runs_without_a_living_process_are_pruned_and_others_kept(root):
-    make_run(root, "alive", _rundir.file_stem())
-    make_run(root, "dead", f"{dead_pid()}-1")
-    assert prune(root) == ["alive"]
+    make_run(root, ALIVE, own_stem())
+    make_run(root, DEAD, f"{dead_pid()}-1")
+    assert prune(root) == [ALIVE]
 
 
 def test_a_process_id_that_was_used_again_is_not_the_old_process(root):
-    make_run(root, "reused", f"{os.getpid()}-{_rundir.start_time(os.getpid()) + 1}")
+    make_run(root, DEAD, f"{os.getpid()}-{_liveness.start_time(os.getpid()) + 1}")
     assert prune(root) == []
 
 
@@ -272,38 +310,38 @@ def hold(path: Path, *words: str) -> tuple[subprocess.Popen, int]:
 
 def test_a_run_of_another_container_is_kept_while_it_runs(root):
     """There its process has an id that nobody has here, or somebody else."""
-    for name, pid in (("nobody", dead_pid()), ("somebody else", os.getpid())):
+    for name, pid in ((DEAD, dead_pid()), (OTHER, os.getpid())):
         run = make_run(root, name, f"{pid}-1")
         child, _ = hold(run / f"{pid}-1.calls")
         try:
             os.utime(run, (time.time() - 3600,) * 2)
             assert prune(root) == [name]
-            assert _rundir.is_running(run / f"{pid}-1.json")
+            assert is_running(run / f"{pid}-1.json")
         finally:
             child.kill()
             child.wait()
-        assert not _rundir.is_running(run / f"{pid}-1.json")
+        assert not is_running(run / f"{pid}-1.json")
         assert prune(root) == []
 
 
 def test_a_process_that_has_our_id_and_start_by_chance_keeps_no_run(root):
     """After a reboot, or where the system does not tell when a process started."""
-    for stem in (_rundir.file_stem(), f"{os.getpid()}-0"):
-        run = make_run(root, "old", stem)
+    for stem in (own_stem(), f"{os.getpid()}-0"):
+        run = make_run(root, DEAD, stem)
         (run / f"{stem}.calls").write_bytes(bytes(8))
         os.utime(run, (time.time() - 3600,) * 2)
         assert prune(root) == []
 
 
 def test_a_forked_child_does_not_keep_its_parent_in_the_status(root):
-    run = make_run(root, "run", "1-1")
+    run = make_run(root, DEAD, "1-1")
     child, grandchild = hold(run / "1-1.calls", "fork")
     try:
         assert grandchild != child.pid
-        assert _rundir.is_running(run / "1-1.json")
+        assert is_running(run / "1-1.json")
         child.kill()
         child.wait()
-        assert not _rundir.is_running(run / "1-1.json")
+        assert not is_running(run / "1-1.json")
         os.kill(grandchild, 0)
     finally:
         os.kill(grandchild, signal.SIGKILL)
@@ -312,48 +350,49 @@ def test_a_forked_child_does_not_keep_its_parent_in_the_status(root):
 
 
 def test_asking_twice_at_once_takes_nobody_for_running(root):
-    run = make_run(root, "run", "1-1")
+    run = make_run(root, DEAD, "1-1")
     path = run / "1-1.calls"
     path.write_bytes(bytes(8))
     with open(path, "rb") as other:
         fcntl.flock(other, fcntl.LOCK_SH)
-        assert _calls.is_mapped(path) is False
-    assert _calls.is_mapped(run / "2-2.calls") is None
+        with _files.opened(run) as directory:
+            assert _calls.is_held(path.name, directory, None) is False
+            assert _calls.is_held("2-2.calls", directory, None) is None
 
 
 def test_a_zombie_is_not_alive(root):
     child = subprocess.Popen(["true"])
-    started = _rundir.start_time(child.pid)
+    started = _liveness.start_time(child.pid)
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    assert _rundir.is_alive(child.pid, started) is False
+    assert _liveness.is_alive(child.pid, started) is False
     child.wait()
 
 
 def test_a_run_that_is_being_made_is_not_pruned(root):
-    make_run(root, "starting", age=0)
-    make_run(root, "left behind")
-    assert prune(root) == ["starting"]
+    make_run(root, OTHER, age=0)
+    make_run(root, DEAD)
+    assert prune(root) == [OTHER]
 
 
 def test_the_newest_ended_runs_are_kept(root):
     for age in (1000, 2000, 3000):
-        make_run(root, f"age{age}", f"{dead_pid()}-1", age=age)
-    _rundir.prune(root, keep=1)
-    assert [path.name for path in _rundir.runs(root)] == ["age1000"]
+        make_run(root, run_name(age), f"{dead_pid()}-1", age=age)
+    assert prune(root, keep=1) == [run_name(1000)]
 
 
-@pytest.mark.parametrize("stem", ["99999999999999999999-1", "²-1", "x-y", "1", ""])
-def test_odd_file_names_do_no_harm(root, stem):
-    make_run(root, "odd", stem)
-    assert prune(root) == []
+@pytest.mark.parametrize("stem", ["99999999999999999999-1", "²-1", "x-y", "1", "", "0-0", "1-1-x"])
+def test_a_run_that_holds_other_names_than_the_shims_is_left_alone(root, stem):
+    make_run(root, DEAD, "1-1", stem)
+    # No process has id 0, which to kill(2) is one's own group.
+    assert prune(root) == ([] if stem == "0-0" else [DEAD])
 
 
 def test_a_link_is_not_followed(root, tmp_path):
-    target = make_run(tmp_path, "precious")
-    root.mkdir()
-    (root / "link").symlink_to(target)
-    prune(root)
-    assert target.is_dir()
+    target = make_run(tmp_path, DEAD, "1-1")
+    root.mkdir(parents=True)
+    (root / OTHER).symlink_to(target)
+    assert prune(root) == [OTHER]
+    assert [path.name for path in target.iterdir()] == ["1-1.json"]
 
 
 def test_the_start_time_survives_an_odd_command_name(tmp_path):
@@ -361,7 +400,7 @@ def test_the_start_time_survives_an_odd_command_name(tmp_path):
     link.symlink_to("/bin/sleep")
     child = subprocess.Popen([str(link), "30"])
     try:
-        assert _rundir.start_time(child.pid) >= _rundir.start_time(os.getpid()) > 0
+        assert _liveness.start_time(child.pid) >= _liveness.start_time(os.getpid()) > 0
     finally:
         child.kill()
         child.wait()

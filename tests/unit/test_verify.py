@@ -179,6 +179,7 @@ def test_threads_share_the_budget():
 
 def test_status_shows_what_was_compared(tmp_path, monkeypatch):
     monkeypatch.setenv("ASCEND_PATCHES_STATUS_DIR", str(tmp_path))
+    monkeypatch.setenv("ASCEND_PATCHES_RUN", "")
     book = Book(calls=100)
     book.state.open_files()
     book.step(FINE, WORSE)
@@ -187,7 +188,7 @@ def test_status_shows_what_was_compared(tmp_path, monkeypatch):
     with book.it.step():
         book.patch.due()
         book.patch.compared("m:f", FINE)  # no larger: the file stays as it is, the counter does not
-    [run] = _status.runs(tmp_path)
+    [run] = _status.runs()
     text = "\n".join(_status.as_text(run))
     assert "self-test of demo: 12 cases, largest error 0.50 ulp" in text
     assert (
@@ -198,8 +199,9 @@ def test_status_shows_what_was_compared(tmp_path, monkeypatch):
 
 def test_a_status_file_from_before_is_read(tmp_path):
     state = ProcessState()
-    old = state.snapshot() | {"patches": [], "started": 1.0}
-    del old["verification"], old["self_tests"]
+    old = state.snapshot() | {"patches": [], "started": 1.0, "pid": 1}
+    for name in ("format", "verification", "self_tests", "counting", "ended", "begins_run"):
+        del old[name]
     folder = tmp_path / "20260101T000000-1"
     folder.mkdir()
     (folder / "1-1.json").write_text(json.dumps(old))
