@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 from ascend_patch import (
     __version__,
     _doors,
+    _fresh_process,
     _peers,
     _plan,
     _registry,
@@ -24,6 +23,7 @@ from ascend_patch import (
     _versions,
 )
 from ascend_patch._doors import Finding
+from ascend_patch._state import UNAPPLIED
 from ascend_patch._versions import Installed
 
 TESTED_PYTHONS = ((3, 10), (3, 12))
@@ -32,7 +32,7 @@ ENTRY_POINT = "ascend_patch"
 PLUGINS = "loading vLLM's plugins"
 # As in a server, plugins come before the modules of models.
 PROBE = """
-import importlib, json, vllm.plugins, ascend_patch
+import importlib, vllm.plugins, ascend_patch
 failed = {{}}
 def attempt(what, call, *given):
     try:
@@ -42,7 +42,7 @@ def attempt(what, call, *given):
 attempt({plugins!r}, vllm.plugins.load_general_plugins)
 for name in {modules!r}:
     attempt("importing " + name, importlib.import_module, name)
-print("\\n" + json.dumps({{**ascend_patch.status(), "failed": failed}}))
+answer = {{**ascend_patch.status(), "failed": failed}}
 """
 
 
@@ -62,7 +62,7 @@ def examine(*, quick: bool = False) -> list[Finding]:
         *_selected(),
         *_doors.examine(),
         *_host(installed),
-        *_patches(installed),
+        *_patches(installed, _selection_or_none()),
         *_neighbours(),
         *_directory(),
     ]
@@ -93,15 +93,27 @@ def _selected() -> Iterator[Finding]:
     if _selection.is_off(value):
         yield Finding("note", _selection.VARIABLE, "unset or off: vLLM would run unpatched")
         return
-    registry = _registry.load()
-    in_all = tuple(patch.id for patch in registry.values() if patch.available)
     try:
-        chosen = _selection.parse(value or "", tuple(registry), in_all)
+        chosen = _parse(value or "")
     except _selection.SelectionError as error:
         yield Finding("wrong", _selection.VARIABLE, str(error))
         return
     yield Finding("ok", _selection.VARIABLE, f"{value}: {', '.join(chosen.ids) or 'no patch'}")
-    yield from _verified(tuple(registry), chosen.ids)
+    yield from _verified(tuple(_registry.load()), chosen.ids)
+
+
+def _parse(value: str) -> _selection.Selection:
+    registry = _registry.load()
+    in_all = tuple(patch.id for patch in registry.values() if patch.available)
+    return _selection.parse(value, tuple(registry), in_all)
+
+
+def _selection_or_none() -> _selection.Selection:
+    """What is selected; nothing where that cannot be understood, which is said elsewhere."""
+    try:
+        return _parse(os.environ.get(_selection.VARIABLE, ""))
+    except _selection.SelectionError:
+        return _selection.Selection((), frozenset())
 
 
 def _verified(known: tuple[str, ...], selected: tuple[str, ...]) -> Iterator[Finding]:
@@ -138,11 +150,16 @@ def _host(installed: Installed) -> Iterator[Finding]:
         yield Finding("note", "late door", f"VLLM_PLUGINS={allowed} closes it; the others suffice")
 
 
-def _patches(installed: Installed) -> Iterator[Finding]:
-    for patch in _registry.load().values():
-        decision = _plan.decide(patch, installed)
-        level = "note" if decision.state == "skipped" else "ok"
-        yield Finding(level, patch.id, f"{decision.state}: {decision.reason}")
+def _patches(installed: Installed, selected: _selection.Selection) -> Iterator[Finding]:
+    registry = _registry.load()
+    planned = _plan.plan(selected, registry, installed)
+    for patch in registry.values():
+        decision = planned.get(patch.id) or _plan.decide(patch, installed)
+        level = "note" if decision.state in UNAPPLIED else "ok"
+        text = f"{decision.state}: {decision.reason}"
+        if patch.id in selected.by_name and decision.state in (*UNAPPLIED, "superseded"):
+            level, text = "wrong", f"asked for by name and {text}"
+        yield Finding(level, patch.id, text)
 
 
 def _neighbours() -> Iterator[Finding]:
@@ -180,22 +197,16 @@ def _applied(installed: Installed) -> Iterator[Finding]:
     environment = {**os.environ, _selection.VARIABLE: "all" if _selection.is_off(value) else value}
     # It is no server, and `status` shows servers.
     environment[_rundir.RUN_VARIABLE] = _rundir.NO_FILES
+    environ = {name: text for name, text in environment.items() if text is not None}
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={name: text for name, text in environment.items() if text is not None},
-            capture_output=True,
-            text=True,
-            timeout=PROBE_SECONDS,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
+        answer = _fresh_process.ask(code, environ=environ, seconds=PROBE_SECONDS)
+    except _fresh_process.NoAnswer as error:
         yield Finding("wrong", "import", f"vLLM could not be imported ({error})")
         return
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        yield Finding("wrong", "import", f"vLLM could not be imported ({last})")
-        return
-    yield from _as_found(json.loads(done.stdout.strip().splitlines()[-1]))
+    yield from _as_found(answer.value)
+    if answer.status:
+        what = f"the process that imported vLLM ended with exit status {answer.status} after that"
+        yield Finding("note", "import", what)
 
 
 def _as_found(found: dict[str, Any]) -> Iterator[Finding]:

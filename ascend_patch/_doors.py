@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ascend_patch import __version__, _bootstrap
+from ascend_patch import __version__, _bootstrap, _fresh_process
 
 # What marks a sitecustomize as ours: a user's own may well mention our name.
 OUR_IMPORT = "from ascend_patch import _bootstrap"
 PTH = "ascend_patch.pth"
 ASK_SECONDS = 60
+ASK = (
+    "import sys; m = sys.modules.get('ascend_patch._bootstrap'); "
+    "answer = m and {'doors': m.doors, 'file': m.__file__, 'others': m.other_copies}"
+)
 
 
 @dataclass(frozen=True)
@@ -31,46 +32,31 @@ class Finding:
 
 def examine() -> Iterator[Finding]:
     """The doors, the chain of sitecustomize, other copies of the shim, and the .pth file."""
-    answer = _ask_a_fresh_process()
+    environ = {**os.environ, _bootstrap.VARIABLE: "all"}
     doors: list[str] = []
-    if isinstance(answer, str):
-        yield Finding("wrong", "door", f"a fresh Python could not be asked: {answer}")
-    elif answer is None:
-        yield Finding(
-            "wrong",
-            "door",
-            "closed: a fresh Python does not load the shim. Install ascend-patch into this "
-            "environment, or put its checkout on PYTHONPATH, or use `ascend-patch run -- CMD`",
-        )
+    try:
+        # Nothing else tells what happens at start-up.
+        answer = _fresh_process.ask(ASK, environ=environ, seconds=ASK_SECONDS).value
+    except _fresh_process.NoAnswer as error:
+        yield Finding("wrong", "door", f"a fresh Python could not be asked: {error}")
     else:
-        doors, file, others = answer["doors"], answer["file"], answer["others"]
-        yield Finding("ok", "door", f"open, by {' and '.join(doors)}, from {Path(file).parent}")
-        for other in others:
-            yield _other_copy(Path(other))
+        if answer is None:
+            yield Finding(
+                "wrong",
+                "door",
+                "closed: a fresh Python does not load the shim. Install ascend-patch into this "
+                "environment, or put its checkout (of `pip install --target DIR`, "
+                "DIR/ascend_patch/startup) on PYTHONPATH, or use `ascend-patch run -- CMD`",
+            )
+        else:
+            doors, file, others = answer["doors"], answer["file"], answer["others"]
+            yield Finding("ok", "door", f"open, by {' and '.join(doors)}, from {Path(file).parent}")
+            for other in others:
+                yield _other_copy(Path(other))
     yield from _flags()
     yield from _sitecustomizes(doors)
     yield from _copies()
     yield from _pth_files()
-
-
-def _ask_a_fresh_process() -> dict[str, Any] | str | None:
-    """Ask a new Python: nothing else tells what happens at start-up."""
-    code = (
-        "import sys, json; m = sys.modules.get('ascend_patch._bootstrap'); "
-        "print(json.dumps(m and {'doors': m.doors, 'file': m.__file__, 'others': m.other_copies}))"
-    )
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, _bootstrap.VARIABLE: "all"},
-            capture_output=True,
-            text=True,
-            timeout=ASK_SECONDS,
-        )
-        found: dict[str, Any] | None = json.loads(done.stdout.strip().splitlines()[-1])
-    except (OSError, ValueError, IndexError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    return found
 
 
 def _flags() -> Iterator[Finding]:

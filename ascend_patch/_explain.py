@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
@@ -19,7 +20,11 @@ def explain_text(patch_id: str) -> str:
     Raises:
         KeyError: There is no such patch; the message names the known ones.
     """
-    found = explain(patch_id)
+    return as_text(explain(patch_id))
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """What `explain` found as text, in which no sentence is said twice."""
     lines = [
         f"{found['id']} (version {found['version']}): {found['summary']}",
         f"  why          {found['why']}",
@@ -28,15 +33,40 @@ def explain_text(patch_id: str) -> str:
         f"  here         {found['state']}: {found['reason']}",
         f"  selected     {found['selected']}",
     ]
-    for band in found["bands"]:
-        lines.append(f"  {band['name']}: {band['state']}: {band['reason']}")
-        for target in band["targets"] if band["in_question"] else ():
-            lines.append(f"    {target['state']:<11} {target['id']} ({target['seam']} seam)")
-            lines.extend(f"                {sentence}" for sentence in target["reasons"])
+    if not found["installed"]:
+        return "\n".join([*lines, f"  applies to   {found['applies_to']}"])
+    said = {found["reason"]}
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for number, band in enumerate(found["bands"]):
+        # One whose targets are worth reading stands alone.
+        key = number if band["in_question"] else (band["state"], band["reason"])
+        groups.setdefault(key, []).append(band)
+    for bands in groups.values():
+        state, reason = bands[0]["state"], bands[0]["reason"]
+        why = "" if reason in said else f": {reason}"
+        said.add(reason)
+        lines.append(f"  {'; '.join(band['name'] for band in bands)}: {state}{why}")
+        if bands[0]["in_question"]:
+            lines.extend(_target_lines(bands[0]["targets"], said))
     if found["untouched"]:
         lines.append("  left as it is:")
         lines.extend(f"    {sentence}" for sentence in found["untouched"])
     return "\n".join(lines)
+
+
+def _target_lines(targets: list[dict[str, Any]], said: set[str]) -> Iterator[str]:
+    """The targets, those with the same reasons together, and below them what was not said yet."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for target in targets:
+        groups.setdefault(tuple(target["reasons"]), []).append(target)
+    for reasons, alike in groups.items():
+        for target in alike:
+            yield f"    {target['state']:<11} {target['id']} ({target['seam']} seam)"
+        new = [sentence for sentence in reasons if sentence not in said]
+        said.update(new)
+        yield from (f"                {sentence}" for sentence in new)
+        if len(new) < len(reasons):
+            yield f"                {'and ' if new else ''}{len(reasons) - len(new)} named above"
 
 
 def explain(patch_id: str) -> dict[str, Any]:
@@ -50,9 +80,10 @@ def explain(patch_id: str) -> dict[str, Any]:
     if name not in registry:
         raise KeyError(f"there is no patch {patch_id!r}; there are {', '.join(registry)}")
     patch, installed = registry[name], _versions.find()
-    decision = _plan.decide(patch, installed)
+    decision = _decide(patch, installed)
     return {
         **_document(patch),
+        "installed": installed.host in installed.roots,
         "state": decision.state,
         "reason": decision.reason,
         "selected": _selected(name, registry),
@@ -67,9 +98,20 @@ def catalogue() -> list[dict[str, Any]]:
     installed = _versions.find()
     rows = []
     for patch in _registry.load().values():
-        decision = _plan.decide(patch, installed)
+        decision = _decide(patch, installed)
         rows.append({**_document(patch), "state": decision.state, "reason": decision.reason})
     return rows
+
+
+def _decide(patch: Patch, installed: Installed) -> _plan.Decision:
+    """The decision; where the host is missing, which alone matters then, it says that."""
+    if installed.host in installed.roots:
+        return _plan.decide(patch, installed)
+    reason = (
+        f"{installed.host} is not installed for this interpreter ({sys.executable}), so there is "
+        "nothing to look at; ask with the interpreter that it is installed for"
+    )
+    return _plan.Decision(patch, "skipped", reason)
 
 
 def applies_to(patch: Patch) -> str:
@@ -118,6 +160,7 @@ def _band(band: Band, decision: _plan.Decision, installed: Installed) -> dict[st
         "reason": reason,
         # Where it might apply here, but for its source, its targets are worth reading.
         "in_question": band.host == installed.host
+        and installed.host in installed.roots
         and _covers(band, installed)
         and not _comes_too_late(band, decision),
         "targets": [_target(target, band, state, installed) for target in band.targets],
@@ -125,6 +168,8 @@ def _band(band: Band, decision: _plan.Decision, installed: Installed) -> dict[st
 
 
 def _band_state(band: Band, decision: _plan.Decision, installed: Installed) -> tuple[str, str]:
+    if band.host == installed.host and installed.host not in installed.roots:
+        return decision.state, decision.reason
     if band.host != installed.host:
         return "superseded", f"{installed.host} is the active host: {installed.host_reason}"
     if band == decision.band:

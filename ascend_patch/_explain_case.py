@@ -99,8 +99,12 @@ def explain(patch_id: str, text: str) -> dict[str, Any]:
 
 
 def explain_text(patch_id: str, text: str) -> str:
-    """`explain` as text: what was asked, the row, and why. Raises CaseError as it does."""
-    found = explain(patch_id, text)
+    """`explain` as text; raises CaseError as it does."""
+    return as_text(explain(patch_id, text))
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """What `explain` found as text: what was asked, the row, and why."""
     case, chosen = AttentionCase(**found["case"]), AttentionRoute(**found["route"])
     lines = [f"{PATCH}: {_asked(case)}", f"  row          {chosen.row}"]
     if chosen.operator in (HOST, NOTHING):

@@ -5,22 +5,27 @@ every interpreter; its hooks fire on half-imported modules; a hook that raises m
 import fail. Only modules that are already loaded when Python starts are used here.
 
 The callbacks of one module run under that module's own import lock, so threads that import it at
-once see it patched or wait.
+once see it patched or wait. No lock of the finder is held while anything is imported.
+
+What other finders and loaders do, raise and return reaches importlib as it would without this
+finder; what goes wrong in the finder itself is told to `on_error`, and the import goes on.
 """
 
 from __future__ import annotations
 
 import sys
 from _frozen_importlib import ModuleSpec
-from _thread import LockType, allocate_lock, get_ident
+from _thread import RLock, get_ident
 
+from ascend_patch._gates import Gates
+from ascend_patch._guard import contain, ends_import
 from ascend_patch._loaders import (
     InProgress,
     LegacyLoader,
     Loader,
     Proxy,
-    Running,
     execution,
+    find_by_module,
     is_lazy,
     values,
 )
@@ -30,9 +35,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from types import ModuleType
     from typing import Any
-
-# How long an import waits for what another thread does before its package's code.
-GATE_SECONDS = 10.0
 
 
 class Watch:
@@ -66,20 +68,25 @@ class Finder:
 
     def __init__(self, on_error: Callable[[str, BaseException], None]) -> None:
         self._watches: dict[str, list[Watch]] = {}
-        self._searching: set[tuple[int, str]] = set()
+        self._searching: dict[tuple[int, str], object] = {}
         self._running: list[int] = []
-        self._gates: dict[str, tuple[int, LockType]] = {}
+        self._gates = Gates()
+        self._shut = self._gates.shut_by_package
         self._on_error = on_error
+        # Per thread, the callbacks that wait for `catch_up`.
+        self._postponed: dict[int, list[tuple[str, Watch, ModuleType]]] = {}
+        # Held for two dictionary operations, so that two threads do not both call back.
+        self._telling = RLock()
 
     def arm(self) -> None:
         """Stand first in sys.meta_path; calling it twice changes nothing."""
-        if self not in sys.meta_path:
+        # By identity, here as everywhere: what else stands there may have an `__eq__` of its own.
+        if not any(finder is self for finder in sys.meta_path):
             sys.meta_path.insert(0, self)
 
     def disarm(self) -> None:
         """Leave sys.meta_path; watches are kept for a later `arm`."""
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
+        sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
 
     def watch(self, name: str, watch: Watch) -> bool:
         """Add a watch; a module that has already run is called back at once.
@@ -97,15 +104,32 @@ class Finder:
         if id(spec) in self._running:
             return False  # our loader calls back when it has finished
         if is_lazy(module):
-            self._stand_in(spec)
+            self._stand_in(name, spec)
             return False
         if getattr(spec, "_initializing", False):
             self._when_finished(spec)
             if type(spec) is InProgress and not spec._initializing:
                 spec.tell()  # another thread has finished it in between
             return False
-        self._tell(name, watch, module)
+        waiting = self._postponed.get(get_ident())
+        if waiting is None:
+            self._tell(name, watch, module)
+        else:
+            waiting.append((name, watch, module))
         return True
+
+    def postpone(self) -> None:
+        """From here on `watch` in this thread calls nothing back before `catch_up`."""
+        self._postponed[get_ident()] = []
+
+    def catch_up(self) -> None:
+        """Make the calls that were postponed in this thread, and those that come later at once."""
+        for name, watch, module in self._postponed.pop(get_ident(), ()):
+            self._tell(name, watch, module)
+
+    def watches(self) -> list[Watch]:
+        """Every watch there is."""
+        return [watch for watches in list(self._watches.values()) for watch in watches]
 
     def sweep(self) -> list[str]:
         """Call back for modules that came in past this finder.
@@ -141,41 +165,61 @@ class Finder:
                 self._watches.pop(name, None)
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname not in self._watches and not (self._gates and self._gate(fullname)):
+        if fullname not in self._watches and not self._shut:
             return None
-        # A finder behind us may ask importlib for the same name again: it gets no answer from us.
         searching = (get_ident(), fullname)
-        if searching in self._searching:
-            return None
-        self._searching.add(searching)
+        this = object()
+        spec: ModuleSpec | None = None
         try:
-            spec = self._find_behind_us(fullname, path, target)
+            if not contain(fullname, self._begins, searching, this, on_error=self._on_error):
+                return None
+            # As importlib goes through the list: what a finder adds or removes counts at once.
+            behind = not any(finder is self for finder in sys.meta_path)
+            for finder in sys.meta_path:
+                if finder is self:
+                    behind = True
+                elif behind:
+                    try:
+                        find = finder.find_spec
+                    except AttributeError:
+                        spec = find_by_module(finder, fullname, path)
+                    else:
+                        spec = find(fullname, path, target)
+                    if spec is not None:
+                        break
         finally:
-            self._searching.discard(searching)
-        if spec is None:
-            return None
-        if spec.loader is None:
-            self._when_finished(spec)  # a namespace package
-        else:
-            self._stand_in(spec)
+            if self._searching.get(searching) is this:
+                del self._searching[searching]
+        if spec is not None:
+            contain(fullname, self._take, fullname, spec, on_error=self._on_error)
         return spec
 
-    def _find_behind_us(self, fullname: str, path: Any, target: Any) -> ModuleSpec | None:
-        finders = list(sys.meta_path)
-        start = finders.index(self) + 1 if self in finders else 0
-        for finder in finders[start:]:
-            find_spec = getattr(finder, "find_spec", None)
-            spec: ModuleSpec | None = find_spec(fullname, path, target) if find_spec else None
-            if spec is not None:
-                return spec
-        return None
+    def _begins(self, searching: tuple[int, str], this: object) -> bool:
+        name = searching[1]
+        # Also every submodule of a package whose gate is shut: by then somebody may watch it.
+        if name not in self._watches and self._gates.find(name) is None:
+            return False
+        # A finder behind us may ask importlib for the same name again: it gets no answer from us.
+        return self._searching.setdefault(searching, this) is this
 
-    def _stand_in(self, spec: Any) -> None:
+    def _take(self, fullname: str, spec: Any) -> None:
+        try:
+            if spec.loader is None:
+                self._when_finished(spec)  # a namespace package
+            else:
+                self._stand_in(fullname, spec)
+        except BaseException as error:
+            # A spec that cannot be changed: what comes before its code comes now.
+            if not ends_import(error):
+                self.run_before(fullname, spec)
+            raise
+
+    def _stand_in(self, fullname: str, spec: Any) -> None:
         loader = spec.loader
         if issubclass(type(loader), Proxy) and loader._ascend_finder is self:
             return  # a finder that keeps its specs: this one has been through our hands
-        legacy = not hasattr(loader, "exec_module")
-        spec.loader = LegacyLoader(self, loader, spec) if legacy else Loader(self, loader)
+        kind = Loader if hasattr(loader, "exec_module") else LegacyLoader
+        spec.loader = kind(self, loader, fullname, spec)
 
     def _when_finished(self, spec: Any) -> None:
         if type(spec) is InProgress:
@@ -187,56 +231,66 @@ class Finder:
             spec.__class__ = InProgress
         # Otherwise it is not importlib's own class: `sweep` finds the module later.
 
-    def running(self, spec: object) -> Running:
-        """For `with`: the code of this spec's module runs under one of our loaders."""
-        return Running(self._running, spec)
+    def guarded(self, name: str, function: Callable[..., Any], *arguments: Any) -> None:
+        """Call a part of the finder from within an import; a fault in it ends no import."""
+        contain(name, function, *arguments, on_error=self._on_error)
 
-    def run_before(self, spec: ModuleSpec) -> None:
-        watches = [watch for watch in self._watches.get(spec.name, ()) if watch.before is not None]
+    def enter(self, name: str, spec: ModuleSpec) -> None:
+        """The code of this spec's module runs next, under one of our loaders."""
+        self._gates.wait(name)
+        self._running.append(id(spec))
+        self.run_before(name, spec)
+
+    def leave(self, spec: ModuleSpec) -> None:
+        """The code of this spec's module has ended, one way or the other."""
+        if id(spec) in self._running:
+            self._running.remove(id(spec))
+
+    def shut_gate(self, name: str, spec: ModuleSpec) -> None:
+        """Let no other thread import a submodule before this package's `before` has returned."""
+        if any(watch.before is not None for watch in self._watches.get(name, ())):
+            self._gates.shut(name, spec)
+
+    def open_gate(self, name: str) -> None:
+        """The package is not run after all."""
+        self._gates.open(name)
+
+    def run_before(self, name: str, spec: ModuleSpec) -> None:
+        """Call what is to be called before the code of a module runs."""
+        watches = [watch for watch in self._watches.get(name, ()) if watch.before is not None]
         if not watches:
             return
-        # Importing a submodule does not wait for a package that another thread is importing. What
-        # the callbacks decide to watch in it must not slip by in the meantime.
-        gate = allocate_lock()
-        gate.acquire()
-        self._gates[spec.name] = (get_ident(), gate)
+        self._gates.shut(name, spec)
+        failed = True
         try:
             for watch in watches:
                 if watch.before is not None:
-                    self._call(spec.name, watch.before, spec)
+                    contain(name, watch.before, spec, on_error=self._on_error)
+            failed = False
         finally:
-            del self._gates[spec.name]
-            gate.release()
+            self._gates.open(name, failed)
 
-    def wait_at_gate(self, fullname: str) -> None:
-        """Wait here and not in find_spec, where importlib holds a lock that all imports need."""
-        gate = self._gate(fullname)
-        if gate is not None and gate.acquire(timeout=GATE_SECONDS):
-            gate.release()
-
-    def _gate(self, fullname: str) -> LockType | None:
-        owner, gate = self._gates.get(fullname.partition(".")[0], (get_ident(), None))
-        return None if owner == get_ident() else gate
-
-    def run_after(self, module: ModuleType) -> None:
-        spec = values(module).get("__spec__")
-        name = spec.name if spec is not None else module.__name__
+    def run_after(self, name: str, module: ModuleType) -> None:
+        """Call what is to be called once the code of a module has run."""
         # A module may have put another object in its own place.
         module = sys.modules.get(name, module)
+        if is_lazy(module):
+            self._stand_in(name, values(module)["__spec__"])
+            return
         for watch in tuple(self._watches.get(name, ())):
-            # One that was added by a callback, or at the same moment, may have been told.
-            if watch.told.get(name) is not execution(module):
-                self._tell(name, watch, module)
+            self._tell(name, watch, module)
 
     def _tell(self, name: str, watch: Watch, module: ModuleType) -> None:
-        watch.told[name] = execution(module)
+        with self._telling:
+            # One that was added by a callback, or at the same moment, may have been told.
+            if watch.told.get(name) is execution(module):
+                return
+            watch.told[name] = execution(module)
         if watch.after is not None:
-            self._call(name, watch.after, module)
+            contain(name, watch.after, module, on_error=self._on_error)
 
-    def _call(self, name: str, callback: Callable[[Any], None], argument: Any) -> None:
-        try:
-            callback(argument)
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) or getattr(error, "ascend_patch_fatal", False):
-                raise
-            self._on_error(name, error)
+    def after_fork(self) -> None:
+        """In a forked child only the thread that forked lives on; others do nothing any more."""
+        self._telling = RLock()
+        self._searching = {k: v for k, v in self._searching.items() if k[0] == get_ident()}
+        self._gates.after_fork()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _frozen_importlib
 import sys
 from _frozen_importlib import ModuleSpec
 
@@ -19,9 +20,11 @@ class Proxy:
     So whoever reads `__loader__` later (inspect, linecache, importlib.resources) sees no stranger.
     """
 
-    def __init__(self, finder: Finder, original: Any) -> None:
+    def __init__(self, finder: Finder, original: Any, name: str, spec: Any) -> None:
         self._ascend_finder = finder
         self._ascend_original = original
+        self._ascend_name = name
+        self._ascend_spec = spec
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_ascend_"):  # a copy in the making has no attributes yet
@@ -48,39 +51,58 @@ class Loader(Proxy):
     """A loader with our callbacks around exec_module."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        create = getattr(self._ascend_original, "create_module", None)
-        return create(spec) if create is not None else None
+        original = self._ascend_original
+        if not hasattr(original, "create_module"):
+            # As importlib says it of such a loader.
+            raise ImportError("loaders that define exec_module() must also define create_module()")
+        # Once importlib has the module it is in sys.modules, and its submodules can be imported.
+        finder, name = self._ascend_finder, self._ascend_name
+        finder.guarded(name, finder.shut_gate, name, spec)
+        try:
+            module: ModuleType | None = original.create_module(spec)
+        except BaseException:
+            finder.open_gate(name)
+            raise
+        return module
 
     def exec_module(self, module: ModuleType) -> None:
-        spec = module.__spec__
-        if spec is not None and spec.loader is self:  # type: ignore[comparison-overlap]
+        finder, name, original = self._ascend_finder, self._ascend_name, self._ascend_original
+        spec = values(module).get("__spec__") or self._ascend_spec
+        finder.guarded(name, self._ascend_withdraw, module, spec)
+        # A lazy loader runs nothing yet: whoever uses the module first runs it.
+        if is_lazy_loader(original):
+            finder.open_gate(name)
+        else:
+            finder.guarded(name, finder.enter, name, spec)
+        try:
+            original.exec_module(module)
+        finally:
+            finder.leave(spec)
+        finder.guarded(name, finder.run_after, name, module)
+
+    def _ascend_withdraw(self, module: ModuleType, spec: Any) -> None:
+        if spec.loader is self:
             spec.loader = self._ascend_original
-        if getattr(module, "__loader__", None) is self:
+        if values(module).get("__loader__") is self:
             module.__loader__ = self._ascend_original
-        if spec is not None:
-            self._ascend_finder.wait_at_gate(spec.name)
-        with self._ascend_finder.running(spec):
-            if spec is not None:
-                self._ascend_finder.run_before(spec)
-            self._ascend_original.exec_module(module)
-        self._ascend_finder.run_after(module)
 
 
 class LegacyLoader(Proxy):
     """The same for a loader of the protocol before exec_module, which has load_module only."""
 
-    def __init__(self, finder: Finder, original: Any, spec: ModuleSpec) -> None:
-        super().__init__(finder, original)
-        self._ascend_spec = spec
-
     def load_module(self, fullname: str) -> ModuleType:
-        spec = self._ascend_spec
-        spec.loader = self._ascend_original
-        with self._ascend_finder.running(spec):
-            self._ascend_finder.run_before(spec)
+        finder, name, spec = self._ascend_finder, self._ascend_name, self._ascend_spec
+        finder.guarded(name, self._ascend_withdraw, spec)
+        finder.guarded(name, finder.enter, name, spec)
+        try:
             module: ModuleType = self._ascend_original.load_module(fullname)
-        self._ascend_finder.run_after(module)
+        finally:
+            finder.leave(spec)
+        finder.guarded(name, finder.run_after, name, module)
         return module
+
+    def _ascend_withdraw(self, spec: Any) -> None:
+        spec.loader = self._ascend_original
 
 
 class InProgress(ModuleSpec):
@@ -104,21 +126,7 @@ class InProgress(ModuleSpec):
         module = sys.modules.get(self.name)
         if module is not None and values(module).get("__spec__") is self:
             for finder in finders:
-                finder.run_after(module)
-
-
-class Running:
-    """Notes for how long a spec's code runs under one of our loaders."""
-
-    def __init__(self, noted: list[int], spec: object) -> None:
-        self._noted = noted
-        self._spec = id(spec)
-
-    def __enter__(self) -> None:
-        self._noted.append(self._spec)
-
-    def __exit__(self, *_: object) -> None:
-        self._noted.remove(self._spec)
+                finder.guarded(self.name, finder.run_after, self.name, module)
 
 
 def values(module: object) -> dict[str, Any]:
@@ -139,3 +147,16 @@ def is_lazy(module: object) -> bool:
     """Whether importlib.util.LazyLoader has not run the module yet."""
     util = sys.modules.get("importlib.util")
     return util is not None and type(module) is getattr(util, "_LazyModule", None)
+
+
+def is_lazy_loader(loader: object) -> bool:
+    """Whether a loader is importlib.util.LazyLoader."""
+    util = sys.modules.get("importlib.util")
+    return util is not None and type(loader) is getattr(util, "LazyLoader", None)
+
+
+def find_by_module(finder: Any, fullname: str, path: Any) -> ModuleSpec | None:
+    """What importlib does with a finder that has no `find_spec`: up to Python 3.11 it asks it."""
+    legacy = getattr(_frozen_importlib, "_find_spec_legacy", None)
+    found: ModuleSpec | None = legacy(finder, fullname, path) if legacy is not None else None
+    return found

@@ -7,6 +7,7 @@ along it looks again for modules that a stranger's finder has brought in past ou
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from ascend_patch import _bootstrap
 
@@ -16,4 +17,10 @@ def load() -> None:
     _bootstrap.open_door("plugin")
     runtime = sys.modules.get("ascend_patch._runtime")
     if runtime is not None:
-        runtime.current().look_again()
+        from ascend_patch._guard import contain
+
+        contain("vLLM loaded its plugins", _look_again, runtime)
+
+
+def _look_again(runtime: Any) -> None:
+    runtime.current().look_again()

@@ -9,34 +9,22 @@ import importlib
 import multiprocessing.util
 import os
 import sys
-import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ascend_patch import __version__, _bootstrap
+from ascend_patch import __version__, _bootstrap, _env, _guard
 from ascend_patch._finder import Finder
-from ascend_patch._state import UNAPPLIED, PatchState, ProcessState
+from ascend_patch._guard import Refusal, contain
+from ascend_patch._once import Once, refuse_if_strict
+from ascend_patch._state import PatchState, ProcessState
 
 if TYPE_CHECKING:
     from ascend_patch._apply import Applier
     from ascend_patch._plan import Decision
-    from ascend_patch._registry import Patch
     from ascend_patch._verify import Verification
 
-STRICT_VARIABLE = "ASCEND_PATCHES_STRICT"
 DEPENDENCIES = ("wrapt", "packaging")
-
-
-class Refusal(SystemExit):
-    """vLLM must not start: the user asked for something that cannot be had, and to be told.
-
-    A SystemExit, so that one sentence is printed and the process ends with status 1.
-    """
-
-    ascend_patch_fatal = True
-
-    def __init__(self, sentence: str) -> None:
-        super().__init__(f"ascend-patch: {sentence}")
+MOST_PROBLEMS = 100
 
 
 class Runtime:
@@ -48,39 +36,69 @@ class Runtime:
         self.digest = ""
         self.verification: Verification | None = None
         self.tests_at_load = False
-        self._lock = threading.RLock()
-        self._begun = False
-        self._refusal: Refusal | None = None
         self._finder: Finder | None = None
         self._applier: Applier | None = None
+        # Its lock is held by the thread that decides, which imports no host meanwhile.
+        self._decision = Once()
+        self._recorded = False
+        # The finder's watches from before the first attempt; None until then.
+        self._watches_before: set[int] | None = None
 
     def begin(self, finder: Finder) -> None:
         """Decide and arm; only the first call of a process does anything.
 
         Raises:
-            Refusal: ASCEND_PATCHES cannot be understood, or ASCEND_PATCHES_STRICT=1 and a
+            Refusal: A variable cannot be understood, or ASCEND_PATCHES_STRICT is on and a
                 selected patch cannot be applied.
         """
-        with self._lock:
-            if self._refusal is not None:
-                # Whoever swallowed it, a thread for example, does not get vLLM unpatched either.
-                raise self._refusal
-            if self._begun:
-                return
-            self._begun = True
-            self._finder = finder
-            self.state.open_files()
-            os.register_at_fork(after_in_child=self._after_fork)
-            multiprocessing.util.register_after_fork(self.state, ProcessState.write)
-            try:
-                self._decide_or_fail(finder)
-            except Refusal as refusal:
-                self._refusal = refusal
-                self.state.problems.append(str(refusal))
-                raise
-            finally:
-                self.state.write()
-            self.state.announce()
+        if self._decision.run(lambda: self._decide(finder)):
+            contain("vllm was imported", self._catch_up, finder)
+
+    def is_decided(self) -> bool:
+        """Whether it is known what is patched in this process.
+
+        Raises:
+            Refusal: It was refused.
+        """
+        return self._decision.is_done()
+
+    def _decide(self, finder: Finder) -> None:
+        contain("an interrupted decision was taken back", self._start_again, finder)
+        contain("the record was begun", self._begin_record, finder)
+        # Attaching imports replacements, and those import the host: not under this lock.
+        finder.postpone()
+        try:
+            self._decide_or_fail(finder)
+        except Refusal as refusal:
+            self.state.problems.append(str(refusal))
+            self.state.write()
+            raise
+
+    def _start_again(self, finder: Finder) -> None:
+        """Drop what an attempt has left that failed, or that Ctrl-C ended."""
+        if self._watches_before is None:
+            self._watches_before = set(map(id, finder.watches()))
+        before = self._watches_before
+        finder.unwatch([watch for watch in finder.watches() if id(watch) not in before])
+        finder.postpone()
+        self._applier, self.decisions, self.digest = None, {}, ""
+        self.state.patches.clear()
+
+    def _begin_record(self, finder: Finder) -> None:
+        self._finder = finder
+        if self._recorded:
+            return
+        self._recorded = True
+        self.state.problems += _guard.unrecorded
+        os.register_at_fork(after_in_child=lambda: contain("the process forked", self._after_fork))
+        multiprocessing.util.register_after_fork(self.state, ProcessState.write)
+        self.state.open_files()
+
+    def _catch_up(self, finder: Finder) -> None:
+        """Attach what had been imported before, with no lock held: that imports replacements."""
+        finder.catch_up()
+        self.state.write()
+        self.state.announce()
 
     def _decide_or_fail(self, finder: Finder) -> None:
         try:
@@ -89,13 +107,15 @@ class Runtime:
             raise
         except BaseException as error:
             # A fault of the shim itself: nothing is armed, and no state may claim otherwise.
-            reason = f"{type(error).__name__}: {error}; vLLM runs as it was"
-            for patch in self.state.patches.values():
-                if patch.state == "armed":
-                    patch.state, patch.reason = "failed", reason
-            self.state.patches.setdefault("all", PatchState("all", __version__, "failed", reason))
-            record_internal_error("vllm was imported", error)
-            _bootstrap.complain(f"failed: {reason}")
+            _guard.report("vllm was imported", error)
+            reason = f"{_guard.describe(error)}; vLLM runs as it was"
+            patches = [
+                PatchState(p.id, p.version, "failed", reason) if p.state == "armed" else p
+                for p in self.state.patches.values()
+            ]
+            self._start_again(finder)
+            self.state.patches.update({patch.id: patch for patch in patches})
+            self.state.patches["all"] = PatchState("all", __version__, "failed", reason)
             self._refuse_if_strict()
 
     def _decide_and_arm(self, finder: Finder) -> None:
@@ -103,32 +123,21 @@ class Runtime:
         if missing:
             self._without_dependencies(" and ".join(missing))
             return
-        from ascend_patch import _hooks, _plan, _registry, _selection, _selftest, _verify, _versions
+        from ascend_patch import _hooks, _plan, _registry, _settings, _verify, _versions
         from ascend_patch._apply import Applier
 
         registry = _registry.load()
-        # Not os.environ: a neighbour's sitecustomize may have emptied it since the door opened.
-        wanted = _bootstrap.value()
         try:
-            selection = _selection.parse(
-                wanted,
-                tuple(registry),
-                tuple(name for name, patch in registry.items() if patch.available),
-            )
-            installed = _versions.find()
-            self.tests_at_load = _selftest.wanted(installed.device)
+            settings = _settings.read(registry)
+            selection, installed = settings.selection, settings.installed
+            self.tests_at_load = settings.tests_at_load
             self.verification = _verify.begin(
                 self.state, tuple(registry), selection.ids, self.found_wrong, self._give_back
             )
-        except (
-            _selection.SelectionError,
-            _selftest.SelfTestError,
-            _verify.VerifyError,
-            _versions.DeviceError,
-        ) as error:
+        except (_env.SettingError, _versions.DeviceError) as error:
             raise Refusal(str(error)) from None
         self.state.facts.update(
-            selection=wanted,
+            selection=_env.get(_env.PATCHES),
             host=installed.host,
             host_reason=installed.host_reason,
             versions=dict(installed.versions),
@@ -157,13 +166,13 @@ class Runtime:
             Refusal: ASCEND_PATCHES_STRICT=1.
         """
         if self._applier is not None:
-            self._applier.condemn(patch_id, reason)
+            contain(f"patch {patch_id} was disabled", self._applier.condemn, patch_id, reason)
         self.state.write()
         self._refuse_if_strict()
 
     def _give_back(self) -> None:
         if self._applier is not None:
-            self._applier.give_back()
+            contain("originals were restored", self._applier.give_back)
 
     def _without_dependencies(self, names: str) -> None:
         reason = (
@@ -174,18 +183,7 @@ class Runtime:
         self._refuse_if_strict()
 
     def _refuse_if_strict(self) -> None:
-        if os.environ.get(STRICT_VARIABLE, "").strip() not in ("1", "true", "yes", "on"):
-            return
-        patches = self.state.patches.values()
-        wrong = [f"patch {p.id} is {p.state}: {p.reason}" for p in patches if p.state in UNAPPLIED]
-        wrong += [
-            f"patch {patch.id} is hidden: {target.id} is {target.reason}"
-            for patch in patches
-            for target in patch.targets
-            if target.state == "hidden"
-        ]
-        if wrong:
-            raise Refusal(f"{STRICT_VARIABLE}=1 and {'; '.join(wrong)}")
+        refuse_if_strict(self.state.patches.values())
 
     def model_is_loaded(self, model: Any = None) -> None:
         """Look again at what was installed, and test it; with STRICT, refuse what failed since.
@@ -194,29 +192,30 @@ class Runtime:
             Refusal: ASCEND_PATCHES_STRICT=1 and a patch failed while its modules were imported, or
                 gives wrong results for this model.
         """
-        with self._lock:
-            self.state.facts["model_loaded"] = True
-            if self.verification is not None:
-                self.verification.model_is_loaded()
-            self.look_again()
-            self._refuse_if_strict()
-        # Without the lock: it imports kernels, and another thread may import the host meanwhile.
+        contain("a model was loaded", self._note_loaded)
+        self.look_again()
+        self._refuse_if_strict()
         if self.tests_at_load and self._applier is not None:
-            from ascend_patch import _selftest
+            contain("patches were tested", self._test, self._applier, model)
 
-            _selftest.run_all(self, self._applier, model)
+    def _note_loaded(self) -> None:
+        self.state.facts["model_loaded"] = True
+        if self.verification is not None:
+            self.verification.model_is_loaded()
+
+    def _test(self, applier: Applier, model: Any) -> None:
+        from ascend_patch import _selftest
+
+        _selftest.run_all(self, applier, model)
 
     def look_again(self) -> None:
         """Attach what came in past the finder, and see whether what was installed is still there.
 
-        A fault here is recorded and not raised: it is called from the host's own code.
+        A fault here is recorded and not raised: it is called from the host's own code. No lock is
+        held: attaching imports replacements, and those import the host.
         """
-        with self._lock:
-            try:
-                self._look_again()
-            except Exception as error:
-                record_internal_error("targets were looked at again", error)
-            self.state.write()
+        contain("targets were looked at again", self._look_again)
+        self.state.write()
 
     def _look_again(self) -> None:
         if self._applier is None or self._finder is None:
@@ -228,41 +227,30 @@ class Runtime:
 
     def revert(self, patch_id: str) -> None:
         """Take a patch back in this process."""
-        with self._lock:
-            name = self._known(patch_id)
-            if self._applier is not None and name in self.state.patches:
-                self._applier.revert(name)
+        name = _known_id(patch_id)
+        if self._applier is not None and name in self.state.patches:
+            self._applier.revert(name)
 
     def apply(self, patch_id: str) -> None:
         """Apply a reverted patch again."""
-        with self._lock:
-            name = self._known(patch_id)
-            if self._applier is not None and name in self.state.patches:
-                self._applier.apply_again(name, sys.modules)
+        name = _known_id(patch_id)
+        if self._applier is not None and name in self.state.patches:
+            self._applier.apply_again(name, sys.modules)
 
     def status(self) -> dict[str, Any]:
         """The record of this process as plain data."""
-        with self._lock:
-            if self._applier is not None:
-                from ascend_patch import _hooks
+        if self._applier is not None:
+            from ascend_patch import _hooks
 
-                self._applier.check()
-                problems = self.state.problems
-                problems += [lost for lost in _hooks.lost() if lost not in problems]
-            return self.state.snapshot()
-
-    def _known(self, patch_id: str) -> str:
-        from ascend_patch import _registry, _selection
-
-        name = _selection.canonical_id(patch_id)
-        registry: Mapping[str, Patch] = _registry.load()
-        if name not in registry:
-            raise KeyError(f"there is no patch {patch_id!r}; there are {', '.join(registry)}")
-        return name
+            self._applier.check()
+            problems = self.state.problems
+            problems += [lost for lost in _hooks.lost() if lost not in problems]
+        return self.state.snapshot()
 
     def _after_fork(self) -> None:
-        # Another thread may have held the lock when the process forked.
-        self._lock = threading.RLock()
+        self._decision.after_fork()
+        if self._finder is not None:
+            self._finder.after_fork()
         if self._applier is not None:
             self._applier.after_fork()
         if self.verification is not None:
@@ -281,13 +269,17 @@ def current() -> Runtime:
 def begin(_spec: object) -> None:
     """Called by the finder when a host is about to be imported, or was found imported."""
     finder = _bootstrap.finder()
-    if finder is not None:
-        _current.begin(finder)
+    if finder is None:
+        raise RuntimeError("the shim's finder is gone from sys.meta_path; nothing is patched")
+    _current.begin(finder)
 
 
 def record_internal_error(during: str, error: BaseException) -> None:
-    """Keep what a finder callback swallowed, so that `status` shows it."""
-    _current.state.problems.append(f"while {during}: {type(error).__name__}: {error}")
+    """Keep what the guard swallowed, so that `status` shows it."""
+    problem = f"while {during}: {_guard.describe(error)}"
+    problems = _current.state.problems
+    if problem not in problems and len(problems) < MOST_PROBLEMS:
+        problems.append(problem)
     _current.state.write()
 
 
@@ -297,3 +289,12 @@ def _importable(name: str) -> bool:
     except ImportError:
         return False
     return True
+
+
+def _known_id(patch_id: str) -> str:
+    from ascend_patch import _registry, _selection
+
+    name, known = _selection.canonical_id(patch_id), _registry.load()
+    if name not in known:
+        raise KeyError(f"there is no patch {patch_id!r}; there are {', '.join(known)}")
+    return name

@@ -6,13 +6,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from ascend_patch._bootstrap import OFF
+from ascend_patch._env import PATCHES as VARIABLE
+from ascend_patch._env import SettingError, is_not_activated, shown
 
-VARIABLE = "ASCEND_PATCHES"
-LONGEST_SHOWN = 200
+__all__ = ["VARIABLE", "Selection", "SelectionError", "canonical_id", "is_off", "parse", "shown"]
 
 
-class SelectionError(ValueError):
+class SelectionError(SettingError):
     """ASCEND_PATCHES holds something that cannot be understood."""
 
 
@@ -36,19 +36,21 @@ def canonical_id(text: str) -> str:
 
 def is_off(value: str | None) -> bool:
     """Whether the value leaves the shim off altogether."""
-    return value is None or value.strip().lower() in OFF
+    return value is None or is_not_activated(value)
 
 
 def parse(value: str, known: Collection[str], in_all: Collection[str]) -> Selection:
     """Read a value of ASCEND_PATCHES.
 
     Args:
-        value: `all`, `rotary,gdn_attn`, `all,-kv_connector`, or one of the words for off.
+        value: `all`, `rotary,gdn_attn`, `all,-kv_connector`, `-kv_connector` (all but that one),
+            or one of the words for off.
         known: Every patch id there is, in the registry's order.
         in_all: The ids that `all` stands for.
 
     Raises:
-        SelectionError: An entry is no known patch; the message has the nearest known name.
+        SelectionError: An entry is no known patch, or there is none; the message has the nearest
+            known name.
     """
     if is_off(value):
         return Selection((), frozenset())
@@ -70,6 +72,10 @@ def parse(value: str, known: Collection[str], in_all: Collection[str]) -> Select
             refused.add(name)
         else:
             named.add(name)
+    if not (wanted or named):
+        if not refused:
+            raise SelectionError(_sentence(value, value, "it names no patch", known))
+        wanted.update(in_all)
     ids = tuple(name for name in known if name in (wanted | named) - refused)
     return Selection(ids, frozenset(named - refused))
 
@@ -78,7 +84,7 @@ def _sentence(value: str, entry: str, what: str, known: Collection[str]) -> str:
     names = ", ".join(known)
     return (
         f"{VARIABLE}={shown(value)}: {what}: {shown(entry)}.{did_you_mean(entry, known)} "
-        f"Write `all`, or names out of: {names}; `all,-name` leaves one out; `none` is off."
+        f"Write `all`, or names out of: {names}; `-name` leaves one out; `none` is off."
     )
 
 
@@ -86,8 +92,3 @@ def did_you_mean(entry: str, known: Collection[str]) -> str:
     """The nearest known name as a sentence with a space before it, or nothing."""
     near = get_close_matches(canonical_id(entry.lstrip("-")), [*known, "all"], n=1)
     return f" Did you mean `{near[0]}`?" if near else ""
-
-
-def shown(text: str) -> str:
-    """A value as a message has it: one line, however long it is."""
-    return repr(text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}...")

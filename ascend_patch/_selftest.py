@@ -8,26 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ascend_patch import _bootstrap
-from ascend_patch._selection import shown
+from ascend_patch import _bootstrap, _env
+from ascend_patch._guard import contain, describe, ends_import
 
 if TYPE_CHECKING:
     from ascend_patch._apply import Applier
+    from ascend_patch._plan import Decision
     from ascend_patch._runtime import Runtime
 
-VARIABLE = "ASCEND_PATCHES_SELFTEST"
-ON, OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
-
-
-class SelfTestError(ValueError):
-    """ASCEND_PATCHES_SELFTEST cannot be understood; the message says what to write."""
+VARIABLE = _env.SELFTEST
+SelfTestError = _env.SettingError
 
 
 class Verdict(Protocol):
@@ -90,17 +86,9 @@ def wanted(device: str) -> bool:
     """Whether patches are tested when a model is loaded: on an NPU, unless the variable says no.
 
     Raises:
-        SelfTestError: The variable says neither yes nor no.
+        SettingError: The variable says neither yes nor no.
     """
-    value = os.environ.get(VARIABLE, "").strip().lower()
-    if value in ("", "auto"):
-        return device == "npu"
-    if value not in (*ON, *OFF):
-        raise SelfTestError(
-            f"{VARIABLE}={shown(value)} says neither yes nor no; write 1 or 0, or leave it out to "
-            "test on NPUs only"
-        )
-    return value in ON
+    return _env.switch(_env.SELFTEST, default=device == "npu")
 
 
 def run_all(runtime: Runtime, applier: Applier, model: Any) -> None:
@@ -112,14 +100,9 @@ def run_all(runtime: Runtime, applier: Applier, model: Any) -> None:
     for name, decision in runtime.decisions.items():
         if runtime.state.patches[name].state != "applied" or not decision.patch.self_test:
             continue
-        try:
-            with _uncounted():
-                result = run(_cases(decision.patch.self_test, model, applier, name))
-        except Exception as error:
-            # A fault of the test itself says nothing about the patch.
-            from ascend_patch import _runtime
-
-            _runtime.record_internal_error(f"patch {name} was tested", error)
+        # A fault of the test itself says nothing about the patch.
+        result = contain(f"patch {name} was tested", _test, name, decision, applier, model)
+        if result is None:
             continue
         runtime.state.self_tests[name] = result.sentence()
         if result.wrong:
@@ -128,6 +111,11 @@ def run_all(runtime: Runtime, applier: Applier, model: Any) -> None:
         for withdrawn in result.withdrawn:
             _bootstrap.complain(f"patch {name}: self-test: no longer used: {withdrawn}")
         runtime.state.write()
+
+
+def _test(name: str, decision: Decision, applier: Applier, model: Any) -> Result:
+    with _uncounted():
+        return run(_cases(decision.patch.self_test, model, applier, name))
 
 
 @contextlib.contextmanager
@@ -176,8 +164,11 @@ def _first_wrong(cases: Sequence[Case], result: Result) -> tuple[Case, str] | No
     for case in cases:
         try:
             verdict = case.judge()
-        except Exception as error:
-            return case, f"{case.name}: {type(error).__name__}: {error}"
+        except BaseException as error:
+            # A compiler that ends with SystemExit is wrong too.
+            if ends_import(error):
+                raise
+            return case, f"{case.name}: {describe(error)}"
         if verdict is None:
             continue
         result.cases += 1
@@ -192,8 +183,10 @@ def _first_cold(cases: Sequence[Case]) -> tuple[Case, str] | None:
     for case in cases:
         try:
             case.warm()
-        except Exception as error:
-            return case, f"{case.name}: it could not be warmed: {type(error).__name__}: {error}"
+        except BaseException as error:
+            if ends_import(error):
+                raise
+            return case, f"{case.name}: it could not be warmed: {describe(error)}"
     return None
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from ascend_patch import __version__, _bootstrap, _peers, _rundir
 from ascend_patch._calls import LEFT, Counters
 from ascend_patch._files import MAX_BYTES
+from ascend_patch._guard import contained
 
 UNAPPLIED = ("skipped", "failed")
 # Of the record; a reader says so of a later one.
@@ -79,6 +80,7 @@ class ProcessState:
         self._at_exit: Finalize | None = None
         self._lock = threading.RLock()
 
+    @contained("the status files were made")
     def open_files(self) -> None:
         """Make this process's files; where that fails vLLM runs on and `problems` says why."""
         self._files_of = os.getpid()
@@ -101,6 +103,7 @@ class ProcessState:
         with run.opened() as directory:
             self._stem = self.counters.share_in(directory, _rundir.stems(), run.path)
 
+    @contained("the process forked")
     def after_fork(self) -> None:
         """A forked child counts its own calls, and has files of its own once it writes.
 
@@ -120,7 +123,7 @@ class ProcessState:
             for target in patch.targets:
                 target.calls = self.counters.value(f"{patch.id}/{target.id}")
         kernels = [name for name in self.counters.names if name.startswith("kernel/")]
-        command = getattr(sys, "orig_argv", sys.argv)
+        command = getattr(sys, "orig_argv", None) or getattr(sys, "argv", ())
         counting = {"kept": self.counters.kept, "file_system": self.counters.file_system}
         problems = self.problems[:MAX_PROBLEMS]
         if len(self.problems) > MAX_PROBLEMS:
@@ -154,6 +157,7 @@ class ProcessState:
             "counters": list(self.counters.names),
         }
 
+    @contained("the status file was written")
     def write(self) -> None:
         """Write the status file; a reader sees the old one or the new one, never half of one."""
         # Threads that import two targets at once write at once.
@@ -202,6 +206,7 @@ class ProcessState:
                 # Nothing of the shim's changes how a process ends.
                 _bootstrap.complain(f"the end is not recorded ({type(error).__name__}: {error})")
 
+    @contained("the decision was announced")
     def announce(self) -> None:
         """Say on stderr what was decided: loudly what was asked for by name and will not be."""
         for patch in self.patches.values():

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from ascend_patch._guard import describe, ends_import
 from ascend_patch._state import ProcessState
 from ascend_patch._verify import VARIABLE, Verification
 
@@ -36,8 +37,10 @@ def watch_worker(module: ModuleType, state: ProcessState, verification: Verifica
         result = original(self, *args, **kwargs)
         try:
             hook_worker(self.worker, verification)
-        except Exception as error:
-            state.problems.append(f"{VARIABLE}: no step was found: {type(error).__name__}: {error}")
+        except BaseException as error:
+            if ends_import(error):
+                raise
+            state.problems.append(f"{VARIABLE}: no step was found: {describe(error)}")
         return result
 
     wrapper.init_device = init_device

@@ -7,20 +7,19 @@ differ. `_compare` holds the comparison itself, `_steps` says when a call is par
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ascend_patch import _bootstrap, _selection
+from ascend_patch import _bootstrap, _env, _selection
 from ascend_patch._state import ProcessState
 from ascend_patch._verifier import PatchVerifier
 
-VARIABLE = "ASCEND_PATCHES_VERIFY"
+VARIABLE = _env.VERIFY
 
 
-class VerifyError(ValueError):
+class VerifyError(_env.SettingError):
     """ASCEND_PATCHES_VERIFY cannot be understood; the message says what to write."""
 
 
@@ -47,21 +46,23 @@ def parse(value: str | None, known: Collection[str], selected: Collection[str]) 
         selected: Those that ASCEND_PATCHES selects.
 
     Raises:
-        VerifyError: An entry is no known patch, or its number of calls is no positive number.
+        VerifyError: There is no entry, one is no known patch, or its number of calls is no positive
+            number.
     """
     if value is None or _selection.is_off(value):
         return Wanted({})
     everything: dict[str, int | None] = {}
     named: dict[str, int | None] = {}
-    for entry in (part.strip() for part in value.split(",")):
-        if not entry:
-            continue
+    entries = [entry for part in value.split(",") if (entry := part.strip())]
+    if not entries:
+        raise VerifyError(f"{VARIABLE}={_env.shown(value)} names no patch. {_HOW}.")
+    for entry in entries:
         text, colon, count = entry.partition(":")
         name = _selection.canonical_id(text)
         if name != "all" and name not in known:
             raise VerifyError(
-                f"{VARIABLE}={_selection.shown(value)}: there is no such patch: "
-                f"{_selection.shown(text)}.{_selection.did_you_mean(text, known)} {_HOW}."
+                f"{VARIABLE}={_env.shown(value)}: there is no such patch: "
+                f"{_env.shown(text)}.{_selection.did_you_mean(text, known)} {_HOW}."
             )
         calls = _count(value, entry, count) if colon else None
         if name == "all":
@@ -81,8 +82,8 @@ def _count(value: str, entry: str, text: str) -> int:
     # int() would take "1_000", "+5" and digits of other scripts.
     if not (digits.isascii() and digits.isdigit() and int(digits[:18]) > 0):
         raise VerifyError(
-            f"{VARIABLE}={_selection.shown(value)}: {_selection.shown(entry)} gives "
-            f"{_selection.shown(text)} as the number of calls, which is a whole number from 1. "
+            f"{VARIABLE}={_env.shown(value)}: {_env.shown(entry)} gives "
+            f"{_env.shown(text)} as the number of calls, which is a whole number from 1. "
             f"{_HOW}."
         )
     return int(digits[:18])
@@ -223,7 +224,7 @@ def begin(
     Raises:
         VerifyError: See `parse`.
     """
-    wanted = parse(os.environ.get(VARIABLE), known, selected)
+    wanted = parse(_env.get(VARIABLE), known, selected)
     for name in wanted.idle:
         problem = idle_sentence(name)
         state.problems.append(problem)

@@ -49,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{error.name} is missing, so nothing is patched; pip install {error.name}",
             arguments.json,
         )
+    except ValueError as error:
+        # A variable that names no device, which each command reads; its class needs `packaging`.
+        if type(error).__name__ != "DeviceError":
+            raise
+        return _complain(str(error), arguments.json)
     except BrokenPipeError:
         # The reader, `head` for example, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -149,7 +154,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         return _complain(str(error.args[0]), arguments.json)
     if arguments.json:
         return _print_json(found)
-    print(_explain.explain_text(arguments.patch))
+    print(_explain.as_text(found))
     return 0
 
 
@@ -163,7 +168,7 @@ def _explain_case(arguments: argparse.Namespace) -> int:
         return 2
     if arguments.json:
         return _print_json(found)
-    print(_explain_case.explain_text(arguments.patch, arguments.case))
+    print(_explain_case.as_text(found))
     return 0
 
 
@@ -216,7 +221,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         )
         return _verify_cli.report(results, file, only_json=only_json)
     except _verify_cli.VerifyUsageError as error:
-        _complain(str(error), only_json)
+        _complain(str(error), arguments.json)
         return 2
     except ModuleNotFoundError as error:
         if error.name != "torch":
@@ -224,7 +229,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         return _complain(
             "torch is not installed for this interpreter, so no kernel can run; use the one that "
             f"vLLM runs in (this is {sys.executable})",
-            only_json,
+            arguments.json,
         )
     except OSError as error:
         return _complain(f"the report could not be written: {error}", only_json)
@@ -247,11 +252,18 @@ def _print_json(value: Any) -> int:
     return 0
 
 
-def _complain(sentence: str, as_json: bool) -> int:
-    if as_json:
+def _complain(sentence: str, as_json: bool | str) -> int:
+    """Say what is wrong: as text, as JSON, or as text beside JSON in the file that is named."""
+    if as_json is True:
         _print_json({"error": sentence})
-    else:
-        print(f"ascend-patch: {sentence}", file=sys.stderr)
+        return 1
+    print(f"ascend-patch: {sentence}", file=sys.stderr)
+    if as_json:
+        try:
+            with open(as_json, "w", encoding="utf-8") as file:
+                file.write(json.dumps({"error": sentence, "ok": False}, indent=1) + "\n")
+        except OSError as error:
+            print(f"ascend-patch: {as_json} could not be written: {error}", file=sys.stderr)
     return 1
 
 

@@ -8,13 +8,14 @@ asked. Nothing here imports torch.
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from ascend_patch._log import get_logger
+
+logger = get_logger(__name__)
 
 ANY_DEVICE = "*"
 

@@ -99,7 +99,7 @@ def serve(args: argparse.Namespace) -> None:
     proxy = Proxy(pair, args.port, say)
     say(f"ASCEND_PATCHES={variables['ASCEND_PATCHES']} {sizes}, logs in {logs}")
     for server in (pair.prefill, pair.decode):
-        say(" ".join(server.command()))
+        say(server.shell_command())
     try:
         with pair, proxy:
             started = max(pair.prefill.started_in, pair.decode.started_in)
@@ -191,7 +191,7 @@ def keep_serving(pair: Pair, proxy: Proxy) -> None:
             assert server.process is not None
             code = server.process.poll()
             if code is not None:
-                raise ServerError(f"The {name} server ended with exit code {code}: {server.log}")
+                raise server.failed(f"The {name} server ended with exit code {code}.")
         time.sleep(1)
 
 

@@ -162,7 +162,7 @@ def serve(args: argparse.Namespace) -> None:
         progress=progress,
     )
     server.port = args.port or server.port
-    say(f"ASCEND_PATCHES={variables['ASCEND_PATCHES']} {' '.join(server.command())}")
+    say(server.shell_command())
     try:
         with server:
             progress.end()
@@ -182,7 +182,7 @@ def keep_serving(server: Server) -> None:
     say(f"serving model `model` at http://{HOST}:{server.port}/v1 until Ctrl-C; log: {server.log}")
     assert server.process is not None
     code = server.process.wait()
-    raise ServerError(f"The server ended with exit code {code}. Its log: {server.log}")
+    raise server.failed(f"The server ended with exit code {code}.")
 
 
 def interrupt(*_: object) -> None:

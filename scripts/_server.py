@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import _server_log
+
 HOST = "127.0.0.1"
 STOP_SECONDS = 20
+# What a front end whose engine is gone may take until it ends by itself.
+FATAL_SECONDS = 10
+LOG_BYTES = 2**20
 # What a server inherits; everything else is said explicitly, so that runs compare.
 INHERITED = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TMPDIR", "XDG_RUNTIME_DIR", "TZ")
 
@@ -113,6 +121,17 @@ class Server:
         command += ["--model", self.model, "--served-model-name", "model"]
         return [*command, "--host", HOST, "--port", str(self.port), *self.arguments]
 
+    def shell_command(self) -> str:
+        """Return the same for a shell that has this process's variables: it runs as it is."""
+        changed = {k: v for k, v in self.env.items() if os.environ.get(k) != v}
+        gone = sorted(name for name in os.environ if name not in self.env)
+        words = [word for name in gone for word in ("-u", name)]
+        words += [f"{name}={value}" for name, value in sorted(changed.items())]
+        # Python puts its working directory on sys.path, and the one here may be a checkout.
+        return f"cd {shlex.quote(str(self.log.parent))} && " + shlex.join(
+            ["env", *words, *self.command()]
+        )
+
     def start(self) -> None:
         """Start the process in a session of its own, away from any checkout."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -135,21 +154,23 @@ class Server:
         """
         assert self.process is not None, "start() comes first"
         began = time.monotonic()
+        fatal_at = 0.0
         while True:
             elapsed = time.monotonic() - began
             if self.process.poll() is not None:
-                raise ServerError(
+                raise self.failed(
                     f"The server ended with exit code {self.process.returncode} after "
-                    f"{elapsed:.0f} s, before it was ready. Its log: {self.log}"
+                    f"{elapsed:.0f} s, before it was ready."
                 )
+            if not fatal_at and self.engine_is_gone():
+                fatal_at = elapsed
+            if fatal_at and elapsed > fatal_at + FATAL_SECONDS:
+                raise self.failed("The server's engine ended before it was ready.")
             if self.is_healthy():
                 self.started_in = elapsed
                 return
             if elapsed > self.ready_seconds:
-                raise ServerError(
-                    f"The server was not ready after {self.ready_seconds:.0f} s. Its log: "
-                    f"{self.log}"
-                )
+                raise self.failed(f"The server was not ready after {self.ready_seconds:.0f} s.")
             if self.progress is not None:
                 self.progress(elapsed, self.last_lines(1))
             time.sleep(0.5)
@@ -169,14 +190,25 @@ class Server:
         """
         body = json.dumps(payload).encode()
         try:
-            status, answer = self._request("POST", path, body, seconds)
+            status, answer = self._request("POST", path, body, seconds, watched=True)
         except (OSError, http.client.HTTPException) as error:
-            raise ServerError(f"POST {path} failed: {error!r}. Its log: {self.log}") from error
+            raise self.failed(f"POST {path} failed: {error!r}.") from error
         if status != 200:
-            raise ServerError(
-                f"POST {path} was answered with {status}: {answer.decode(errors='replace')[:500]}"
-            )
+            text = answer.decode(errors="replace")[:500]
+            raise self.failed(f"POST {path} was answered with {status}: {text}.")
         return json.loads(answer)
+
+    def failed(self, what: str) -> ServerError:
+        """Return the error for what went wrong, with the log's path; of a server that has ended, or
+        whose engine has, with the cause that the log has.
+        """
+        ended = self.process is None or self.process.poll() is not None
+        cause = _server_log.cause(self.log_text()) if ended or self.engine_is_gone() else ""
+        return ServerError(f"{what}{f' The cause: {cause}.' if cause else ''} Its log: {self.log}")
+
+    def engine_is_gone(self) -> bool:
+        """Whether the log says that the engine has ended, though the front end may still run."""
+        return _server_log.is_fatal(self.log_text())
 
     def metric(self, name: str) -> float:
         """Return the sum of a counter or gauge of /metrics, over its labels.
@@ -187,7 +219,7 @@ class Server:
         try:
             _, answer = self._request("GET", "/metrics", None, 10)
         except (OSError, http.client.HTTPException) as error:
-            raise ServerError(f"GET /metrics failed: {error!r}. Its log: {self.log}") from error
+            raise self.failed(f"GET /metrics failed: {error!r}.") from error
         lines = [line for line in answer.decode().splitlines() if not line.startswith("#")]
         found = [line.rpartition(" ")[2] for line in lines if line.partition("{")[0] == name]
         if not found:
@@ -201,14 +233,17 @@ class Server:
 
     def last_lines(self, count: int) -> str:
         """Return the end of the log."""
+        return "\n".join(self.log_text(300 * count).strip().splitlines()[-count:])
+
+    def log_text(self, last: int = LOG_BYTES) -> str:
+        """Return the last bytes of the log as text; empty where there is none."""
         try:
             with open(self.log, "rb") as file:
                 file.seek(0, os.SEEK_END)
-                file.seek(max(0, file.tell() - 300 * count))
-                text = file.read().decode(errors="replace")
+                file.seek(max(0, file.tell() - last))
+                return file.read().decode(errors="replace")
         except OSError:
             return ""
-        return "\n".join(text.strip().splitlines()[-count:])
 
     def stop(self) -> None:
         """End the process and all that it started, gently first; only what is in its session."""
@@ -238,12 +273,27 @@ class Server:
         process.wait(5)
 
     def _request(
-        self, method: str, path: str, body: bytes | None, seconds: float
+        self, method: str, path: str, body: bytes | None, seconds: float, *, watched: bool = False
     ) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection(HOST, self.port, timeout=seconds)
+        answered = threading.Event()
         try:
             connection.request(method, path, body, {"Content-Type": "application/json"})
+            if watched:
+                watch = (connection.sock, answered)
+                threading.Thread(target=self._hang_up_without_engine, args=watch).start()
             response = connection.getresponse()
             return response.status, response.read()
         finally:
+            answered.set()
             connection.close()
+
+    def _hang_up_without_engine(self, sock: socket.socket, answered: threading.Event) -> None:
+        """End a request that a front end without an engine would leave unanswered."""
+        while not answered.wait(1):
+            if self.engine_is_gone():
+                if not answered.wait(FATAL_SECONDS):
+                    # Not close(): that would not wake who reads from it.
+                    with contextlib.suppress(OSError):
+                        sock.shutdown(socket.SHUT_RDWR)
+                return

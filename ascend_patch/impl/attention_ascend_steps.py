@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable
 from functools import lru_cache
@@ -10,11 +9,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ascend_patch._log import get_logger
 from ascend_patch.kernels.attention.attend import Batch, attend
 from ascend_patch.kernels.attention.case import HOST, Case, Route
 from ascend_patch.kernels.attention.route import route
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 PATCH = "attention_router"
 MODULE = "vllm_ascend.attention.attention_v1"

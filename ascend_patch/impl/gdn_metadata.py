@@ -5,7 +5,6 @@ Everything here is known to the scheduler, so nothing of it is read back from a 
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ascend_patch._log import get_logger
 from ascend_patch.kernels.gdn import ChunkMetadata, PinnedStaging, build_chunk_metadata
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 PATCH = "gdn_attn"
 ATTRIBUTE = "ascend_patch_chunks"

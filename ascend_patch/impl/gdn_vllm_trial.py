@@ -7,7 +7,6 @@ pays for.
 
 from __future__ import annotations
 
-import logging
 import weakref
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ascend_patch._log import get_logger
 from ascend_patch.impl import gdn_metadata
 from ascend_patch.impl.gdn_core import core
 from ascend_patch.kernels import dispatch
@@ -31,7 +31,7 @@ from ascend_patch.kernels.gdn import (
 )
 from ascend_patch.kernels.triton_device import has_triton
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # Not the reference: it is slower than what it would replace, and reads the device.
 KERNELS = "triton"

@@ -22,13 +22,13 @@ the job (of the attempt) that came with `accepted`: who has another one must not
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from typing import Any
 
 import msgspec
 
+from ascend_patch._log import get_logger
 from ascend_patch.impl import kv_limits
 
 ASK, GO, CANCEL = "ask", "go", "cancel"
@@ -41,7 +41,7 @@ RESTARTED = "this prefill server was restarted meanwhile"
 INTERNAL = "this server met an internal error; its log says more"
 
 # Of vLLM's own tree: its workers show no other package's lines.
-log = logging.getLogger("vllm.ascend_patch.kv")
+log = get_logger("ascend_patch.kv")
 
 
 class _Refusals:

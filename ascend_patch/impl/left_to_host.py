@@ -7,7 +7,6 @@ often: a dictionary look-up and an addition for each call that is left, and noth
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +14,9 @@ import torch
 from torch.compiler import is_compiling
 
 from ascend_patch._calls import LEFT
+from ascend_patch._log import get_logger
 
-# vLLM configures the loggers below its own name in every process that it starts.
-logger = logging.getLogger("vllm.ascend_patch.left_to_host")
+logger = get_logger(__name__)
 
 # Reasons that are told apart for each patch; what comes after shares one.
 MOST_REASONS = 24

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -12,13 +11,14 @@ from typing import Any
 import torch
 
 from ascend_patch import _compare, _copies
+from ascend_patch._log import get_logger
 from ascend_patch._selftest import Case
 from ascend_patch.impl import rotary_trials
 from ascend_patch.kernels import dispatch
 from ascend_patch.kernels.rope import selftest, triton_call
 from ascend_patch.kernels.selftest import Verdict, fault
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Expected = Callable[[], AbstractContextManager[None]]
 

@@ -7,13 +7,14 @@ their fake implementation, so an error reads the same in both and Dynamo never t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-CHECK_VARIABLE = "ASCEND_PATCHES_CHECK"
+from ascend_patch import _env
+
+CHECK_VARIABLE = _env.CHECK
 
 _QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _CACHE_DTYPES = (*_QUERY_DTYPES, torch.float64)
@@ -152,10 +153,12 @@ def check_angles(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def checked(argument: bool | None) -> bool:
-    """Is the checked mode on? The argument decides; None leaves it to ASCEND_PATCHES_CHECK."""
-    if argument is not None:
-        return argument
-    return os.environ.get(CHECK_VARIABLE, "") not in ("", "0")
+    """Is the checked mode on? The argument decides; None leaves it to ASCEND_PATCHES_CHECK.
+
+    Raises:
+        SettingError: The variable is neither on nor off.
+    """
+    return _env.switch(CHECK_VARIABLE) if argument is None else argument
 
 
 def check_positions(positions: Tensor, cos_sin_cache: Tensor) -> None:

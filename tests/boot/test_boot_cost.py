@@ -10,7 +10,7 @@ import sys
 import pytest
 from house import constant
 
-from ascend_patch import _bootstrap
+from ascend_patch import _bootstrap, _env
 
 LIST = (
     "import sys, json; print(json.dumps({'modules': sorted(sys.modules), "
@@ -65,6 +65,8 @@ def test_armed_adds_our_modules_and_no_third_party_one(form, value, house, shim,
 
 def test_the_words_for_off_are_the_same_everywhere(checkout):
     assert constant(checkout / "sitecustomize.py", "_OFF") == _bootstrap.OFF
+    assert _bootstrap.OFF == _env.NOT_ACTIVATED
+    assert _bootstrap.STRICT == _env.STRICT
     assert repr(_bootstrap.OFF) in constant(checkout / "setup.py", "OPEN_THE_DOOR")
 
 

@@ -38,13 +38,14 @@ def test_an_unset_variable_is_off():
         ("-rotary,all", ("gdn_attn",), ()),
         ("all,kv_connector", KNOWN, ("kv_connector",)),
         ("rotary,-rotary", (), ()),
-        ("-rotary", (), ()),
+        ("-rotary", ("gdn_attn",), ()),
+        ("-rotary,-gdn_attn", (), ()),
+        ("-kv_connector", IN_ALL, ()),
         ("patch_rotary", ("rotary",), ("rotary",)),
         ("Patch-Rotary", ("rotary",), ("rotary",)),
         (" ALL , - KV_connector ", IN_ALL, ()),
         ("rotary,,", ("rotary",), ("rotary",)),
         ("all,rotary", IN_ALL, ("rotary",)),
-        (",", (), ()),
     ],
 )
 def test_a_value_selects(value, expected, by_name):
@@ -59,6 +60,7 @@ def test_a_value_selects(value, expected, by_name):
         ("all,-rotery", ["'-rotery'", "Did you mean `rotary`?"]),
         ("-all", ["`-all` has no meaning"]),
         ("all;rotary", ["no such patch"]),
+        (" , ,", ["names no patch"]),
         ("zzz", ["names out of: rotary, gdn_attn, kv_connector"]),
     ],
 )

@@ -18,7 +18,6 @@ KNOWN = ("rotary", "gdn_attn", "kv_connector")
         ("", {}),
         ("none", {}),
         ("0", {}),
-        (" , ", {}),
         ("rotary", {"rotary": None}),
         (" Patch-Rotary : 7 ", {"rotary": 7}),
         ("all", {"rotary": None, "gdn_attn": None}),
@@ -53,6 +52,11 @@ def test_a_number_of_calls_that_is_none_is_one_sentence_with_a_way_out(count):
         assert part in sentence
 
 
+def test_separators_alone_are_an_error():
+    with pytest.raises(_verify.VerifyError, match="names no patch"):
+        _verify.parse(" , ", KNOWN, KNOWN)
+
+
 @pytest.mark.parametrize(("value", "meant"), [("rotery", "rotary"), ("al:5", "all")])
 def test_an_unknown_name_is_an_error_with_the_nearest_one(value, meant):
     with pytest.raises(_verify.VerifyError, match=f"Did you mean `{meant}`"):
@@ -77,7 +81,7 @@ NAMES = st.sampled_from([*KNOWN, "all"])
 ENTRIES = st.lists(st.tuples(NAMES, st.none() | st.integers(1, 10**12)), max_size=6)
 
 
-@given(ENTRIES, st.sets(st.sampled_from(KNOWN)))
+@given(ENTRIES.filter(bool), st.sets(st.sampled_from(KNOWN)))
 def test_entries_mean_what_they_say(entries, selected):
     value = ",".join(name if n is None else f"{name}:{n}" for name, n in entries)
     wanted = _verify.parse(value, KNOWN, tuple(n for n in KNOWN if n in selected))
