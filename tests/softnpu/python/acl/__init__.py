@@ -1,0 +1,1 @@
+"""pyACL, as much of it as vllm-ascend uses."""

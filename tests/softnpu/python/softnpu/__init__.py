@@ -1,0 +1,1 @@
+"""The software NPU inside a process: kernels for torch_npu's operators, and their trace."""

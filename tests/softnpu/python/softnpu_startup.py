@@ -1,0 +1,63 @@
+"""Started by a .pth file in every process that has SOFTNPU set: waits for torch_npu's import.
+
+Once a module of `AFTER` has been imported, its operators get kernels. Nothing is imported here.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+def _after_torch_npu() -> None:
+    from softnpu import install
+
+    install.after_torch_npu()
+
+
+def _after_vllm_ascend_c() -> None:
+    from softnpu import install
+
+    install.after_vllm_ascend_c()
+
+
+AFTER: dict[str, Callable[[], None]] = {
+    "torch_npu": _after_torch_npu,
+    "vllm_ascend.vllm_ascend_C": _after_vllm_ascend_c,
+}
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the modules of `AFTER` as everybody else would, and adds a step to their loading."""
+
+    def __init__(self) -> None:
+        self._looking = False
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        then = AFTER.get(name)
+        if then is None or self._looking:
+            return None
+        self._looking = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._looking = False
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            run(module)
+            then()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+sys.meta_path.insert(0, _Finder())
