@@ -13,10 +13,18 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "boot"))
 
 from house import ROOT, House, base_python, start
 
+STARTUP = ("ascend_patch", "startup")
+SYSTEM = [
+    (f"/usr/bin/{own.parent.name}", own.parent.name.removeprefix("python"))
+    for own in sorted(Path("/usr/lib").glob("python3.1[0-2]/sitecustomize.py"))
+    if Path("/usr/bin", own.parent.name).exists()
+]
 SECONDS = 120
 # What each process of a server says of itself: a front end, and the engine that it spawns.
 SERVER = """
@@ -187,3 +195,55 @@ def contents(folder: Path) -> dict[str, str]:
         for path in folder.rglob("*")
         if path.is_file()
     }
+
+
+def wheel(workshop):
+    house = workshop.house()
+    workshop.install(house, workshop.wheel)
+    return Way(house)
+
+
+def beside_another(workshop):
+    house = workshop.house()
+    workshop.install(house, workshop.other_distribution())
+    workshop.install(house, workshop.wheel)
+    return Way(house, marks=["other"])
+
+
+def target(workshop):
+    house = workshop.house(needs=False)
+    folder = workshop.folder / f"target-{workshop.houses}"
+    workshop.install(house, workshop.wheel, "--target", str(folder))
+    copy_needs(folder)
+    return Way(house, path=(folder, folder.joinpath(*STARTUP)))
+
+
+def editable(workshop):
+    house = workshop.house()
+    workshop.install(house, workshop.editable)
+    return Way(house)
+
+
+def checkout(workshop):
+    return Way(workshop.house(), path=(ROOT,))
+
+
+def startup_of_a_checkout(workshop):
+    return Way(workshop.house(), path=(ROOT.joinpath(*STARTUP),))
+
+
+def run(workshop):
+    installed = wheel(workshop).house
+    command = installed.python.with_name("ascend-patch")
+    return Way(workshop.house(), before=(str(command), "run", "--"))
+
+
+def system(workshop):
+    if not SYSTEM:
+        pytest.skip("no system Python 3.10 to 3.12 with a sitecustomize of its own is here")
+    house = workshop.house(*SYSTEM[0])
+    workshop.install(house, workshop.wheel)
+    return Way(house)
+
+
+WAYS = [wheel, beside_another, target, editable, checkout, startup_of_a_checkout, run, system]

@@ -12,74 +12,14 @@ import os
 import shutil
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
-from installs import OLDER_LINE, ROOT, Way, Workshop, contents, copy_needs, start
-
-STARTUP = ("ascend_patch", "startup")
-SYSTEM = [
-    (f"/usr/bin/{own.parent.name}", own.parent.name.removeprefix("python"))
-    for own in sorted(Path("/usr/lib").glob("python3.1[0-2]/sitecustomize.py"))
-    if Path("/usr/bin", own.parent.name).exists()
-]
+from installs import OLDER_LINE, ROOT, STARTUP, WAYS, Way, Workshop, contents, editable, start
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory) -> Workshop:
     return Workshop(tmp_path_factory.mktemp("workshop"))
-
-
-def wheel(workshop):
-    house = workshop.house()
-    workshop.install(house, workshop.wheel)
-    return Way(house)
-
-
-def beside_another(workshop):
-    house = workshop.house()
-    workshop.install(house, workshop.other_distribution())
-    workshop.install(house, workshop.wheel)
-    return Way(house, marks=["other"])
-
-
-def target(workshop):
-    house = workshop.house(needs=False)
-    folder = workshop.folder / f"target-{workshop.houses}"
-    workshop.install(house, workshop.wheel, "--target", str(folder))
-    copy_needs(folder)
-    return Way(house, path=(folder, folder.joinpath(*STARTUP)))
-
-
-def editable(workshop):
-    house = workshop.house()
-    workshop.install(house, workshop.editable)
-    return Way(house)
-
-
-def checkout(workshop):
-    return Way(workshop.house(), path=(ROOT,))
-
-
-def startup_of_a_checkout(workshop):
-    return Way(workshop.house(), path=(ROOT.joinpath(*STARTUP),))
-
-
-def run(workshop):
-    installed = wheel(workshop).house
-    command = installed.python.with_name("ascend-patch")
-    return Way(workshop.house(), before=(str(command), "run", "--"))
-
-
-def system(workshop):
-    if not SYSTEM:
-        pytest.skip("no system Python 3.10 to 3.12 with a sitecustomize of its own is here")
-    house = workshop.house(*SYSTEM[0])
-    workshop.install(house, workshop.wheel)
-    return Way(house)
-
-
-WAYS = [wheel, beside_another, target, editable, checkout, startup_of_a_checkout, run, system]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
