@@ -10,20 +10,24 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-RETRIES, TIMEOUT = "pull_retries", "pull_timeout_s"
+RETRIES, TIMEOUT, QUARANTINE = "pull_retries", "pull_timeout_s", "quarantine_share"
 DEFAULT_RETRIES = 2
+DEFAULT_QUARANTINE = 0.25
 
 
 class Settings(NamedTuple):
-    """How long a pull is tried.
+    """How long a pull is tried, and what may be kept of those that ended badly.
 
     Attributes:
         retries: Attempts after the first one.
         timeout: Seconds for all attempts together.
+        quarantine: The share of a rank's blocks that may be kept for prefill servers which may
+            still write to them; above it no pull begins.
     """
 
     retries: int
     timeout: float
+    quarantine: float = DEFAULT_QUARANTINE
 
 
 def read(vllm_config: Any, engine: str, default_timeout: float) -> Settings:
@@ -38,7 +42,11 @@ def read(vllm_config: Any, engine: str, default_timeout: float) -> Settings:
         ValueError: One of them is no number that makes sense.
     """
     given = getattr(vllm_config.kv_transfer_config, "kv_connector_extra_config", None) or {}
-    return Settings(_retries(given, engine), _timeout(given, engine, default_timeout))
+    return Settings(
+        _retries(given, engine),
+        _timeout(given, engine, default_timeout),
+        _quarantine(given, engine),
+    )
 
 
 def _retries(given: Mapping[str, Any], engine: str) -> int:
@@ -58,6 +66,13 @@ def _timeout(given: Mapping[str, Any], engine: str, default: float) -> float:
         return float(found)
     except OverflowError:
         raise ValueError(_sentence(TIMEOUT, "too large", engine, "fewer seconds")) from None
+
+
+def _quarantine(given: Mapping[str, Any], engine: str) -> float:
+    found = given.get(QUARANTINE, DEFAULT_QUARANTINE)
+    if type(found) not in (int, float) or not 0 < found <= 1:
+        raise ValueError(_sentence(QUARANTINE, found, engine, "a number above 0 and up to 1"))
+    return float(found)
 
 
 def _sentence(name: str, found: object, engine: str, expected: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -13,11 +12,14 @@ import zmq
 
 from ascend_patch.impl import (
     kv_handshake,
+    kv_limits,
     kv_settings,
+    kv_vllm_bootstrap,
     kv_vllm_caches,
     kv_vllm_engine,
     kv_vllm_wire,
 )
+from ascend_patch.impl.kv_vllm_listen import Listener, ListenError
 from ascend_patch.impl.kv_vllm_receive import Receiver
 from ascend_patch.impl.kv_vllm_send import Sender
 from ascend_patch.impl.kv_vllm_wire import log
@@ -117,16 +119,17 @@ def _listen(worker: Any, side: Any, model: str, views: list[Any]) -> None:
     sender = Sender(worker, side, model, timeout=timeout, new_request=new_request, views=views)
     setattr(worker, SENDER, sender)
     ready = threading.Event()
-    listening = asyncio.run_coroutine_threadsafe(
-        worker._mooncake_sender_listener(ready), worker.sender_loop
-    )
+    listening = asyncio.run_coroutine_threadsafe(Listener(worker).run(ready), worker.sender_loop)
     deadline = time.monotonic() + READY_S
     while not ready.wait(0.2):
         if listening.done():
+            error = listening.exception()
+            if isinstance(error, ListenError):
+                raise error
             raise RuntimeError(
                 f"The Mooncake connector's rank {worker.tp_rank} cannot register with the "
                 "bootstrap server; is VLLM_MOONCAKE_BOOTSTRAP_PORT another server's?"
-            ) from listening.exception()
+            ) from error
         if time.monotonic() > deadline:
             raise RuntimeError(
                 f"The Mooncake connector's rank {worker.tp_rank} found no bootstrap server within "
@@ -145,11 +148,31 @@ async def _answer(wrapped: Wrapped, worker: Any, identity: bytes, sock: Any, met
     if meta.ascend_patch is not None:
         await getattr(worker, SENDER).handle(identity, sock, meta)
     elif meta.remote_tp_size == worker.tp_size and meta.remote_hostname:
+        _check_unpatched(worker, meta)
         await wrapped(identity, sock, meta)
     else:
-        # What the host makes an answer of, and the decode server logs.
+        # What an answer is made of, and the decode server logs.
         ratio = f"prefill TP {worker.tp_size} -> decode TP {meta.remote_tp_size}"
-        raise ValueError(kv_handshake.both_sides(ratio, "decode"))
+        raise kv_limits.LimitError(kv_handshake.both_sides(ratio, "decode"))
+
+
+def _check_unpatched(worker: Any, meta: Any) -> None:
+    """What the host would take as it comes.
+
+    Raises:
+        LimitError: It is out of range.
+    """
+    kv_limits.host_name("remote_hostname", meta.remote_hostname)
+    kv_limits.port("remote_port", meta.remote_port)
+    kv_limits.rank("remote_tp_rank", meta.remote_tp_rank, worker.tp_size)
+    kv_limits.whole("the number of requests", len(meta.req_blocks), 0, kv_limits.MAX_REQUESTS)
+    for request, (transfer, blocks) in meta.req_blocks.items():
+        kv_limits.text("the request id", request)
+        kv_limits.text("the transfer id", transfer)
+        kv_limits.block_ids("the list of blocks", blocks)
+    # How many blocks the decode rank has is not said; one is certain.
+    sizes = [worker.block_len] * len(worker.kv_caches_base_addr)
+    kv_limits.addresses("kv_caches_base_addr", meta.kv_caches_base_addr, sizes)
 
 
 def send_blocks(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> int:
@@ -222,16 +245,5 @@ def load_errors(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> 
 
 
 def bootstrap_start(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
-    """MooncakeBootstrapServer.start: a taken port is said; the host waits for ever."""
-    if not instance.server_thread:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((instance.host, instance.port))
-            except OSError as error:
-                raise RuntimeError(
-                    f"Port {instance.port} of {instance.host} is taken ({error.strerror}), and "
-                    "Mooncake's bootstrap server needs it; set VLLM_MOONCAKE_BOOTSTRAP_PORT to a "
-                    "free one."
-                ) from error
-    wrapped(*args, **kwargs)
+    """MooncakeBootstrapServer.start: see `kv_vllm_bootstrap`."""
+    kv_vllm_bootstrap.start(wrapped, instance, *args, **kwargs)

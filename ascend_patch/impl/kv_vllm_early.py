@@ -7,15 +7,13 @@ decode; one without ascend-patch tells nothing, and is believed to be of equal s
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from ascend_patch.impl import kv_settings
+from ascend_patch.impl import kv_limits, kv_settings, kv_vllm_quarantine
 from ascend_patch.impl.kv_vllm import RECEIVER, SETTINGS
 from ascend_patch.impl.kv_vllm_link import Link, LostError
-from ascend_patch.impl.kv_vllm_talk import SETTLE_S
 from ascend_patch.impl.kv_vllm_wire import log
 
 Args = tuple[Any, ...]
@@ -133,40 +131,57 @@ async def _receive(worker: Any, path: str, req_blocks: list[tuple[str, list[int]
         kv_caches_base_addr=worker.kv_caches_base_addr,
         block_ids=blocks,
     )
-    link = Link(worker.async_zmq_ctx, path)
+    try:
+        link = Link(worker.async_zmq_ctx, path)
+    except (LostError, kv_limits.LimitError) as error:
+        _fail(worker, req_blocks, path, str(error))
+        _finish(worker, req_blocks)
+        return
+    lost = False
     try:
         # The envelope of the REQ socket that the host uses.
         await link.socket.send_multipart([b"", worker._encoder.encode(asked)])
-        reason = await _wait(link, timeout)
+        try:
+            reason = await _wait(link, timeout)
+        except LostError as error:
+            lost, reason = True, str(error)
         if reason is not None:
-            log.error(
-                "kv pull of requests %s by decode rank %d (TP %d) from prefill rank %d at %s: "
-                "failed: %s",
-                requests,
-                worker.tp_rank,
-                worker.tp_size,
-                worker.tp_rank,
-                path,
-                reason or f"there was no answer within {timeout:g} s",
-            )
-            for ids in blocks:
-                failures(worker).add(ids)
-            if not reason:
-                # It may be writing still: the blocks are kept until it answers or is gone.
+            _fail(worker, req_blocks, path, reason or f"there was no answer within {timeout:g} s")
+        if reason == "":
+            # It may be writing still: the blocks are kept until it answers or has ended.
+            try:
                 await _wait(link, None)
+            except LostError:
+                lost = True
     finally:
         link.close()
+    if lost:
+        await kv_vllm_quarantine.until_ended(path)
     _finish(worker, req_blocks)
 
 
+def _fail(worker: Any, pulls: list[tuple[str, list[int]]], path: str, reason: str) -> None:
+    log.error(
+        "kv pull of requests %s by decode rank %d (TP %d) from prefill rank %d at %s: failed: %s",
+        [request for request, _ in pulls],
+        worker.tp_rank,
+        worker.tp_size,
+        worker.tp_rank,
+        path,
+        reason,
+    )
+    for _, ids in pulls:
+        failures(worker).add(ids)
+
+
 async def _wait(link: Link, timeout: float | None) -> str | None:
-    """None if it was pushed, else why not; empty if nothing was heard in so many seconds."""
+    """None if it was pushed, else why not; empty if nothing was heard in so many seconds.
+
+    Raises:
+        LostError: The connection was refused, or ended.
+    """
     while True:
-        try:
-            frames = await link.receive(3600.0 if timeout is None else timeout)
-        except LostError as error:
-            await asyncio.sleep(SETTLE_S)
-            return str(error)
+        frames = await link.receive(3600.0 if timeout is None else timeout)
         if frames is not None:
             return (
                 None if frames[-1] == DONE else "the prefill server reports an error; see its log"

@@ -6,20 +6,39 @@ import asyncio
 import threading
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from ascend_patch.impl import kv_handshake
+from ascend_patch.impl import kv_handshake, kv_settings, kv_vllm_bootstrap
 from ascend_patch.impl.kv_vllm_pull import Pull
+from ascend_patch.impl.kv_vllm_quarantine import Quarantine
 from ascend_patch.impl.kv_vllm_talk import REPEAT_S, PullError
 from ascend_patch.impl.kv_vllm_wire import ASK, Ask, log
 from ascend_patch.kernels.kv_layout import Merge, Plan, Side, merge_head_shards_
 
-QUERY_S, SAME_S = 10.0, 0.2
+SAME_S = 0.2
 REST_S = 0.005
+# Prefill servers, and addresses of bootstrap servers: clients may name any.
+RECENT = 1024
+Value = TypeVar("Value")
+
+
+class Recent(OrderedDict[str, Value]):
+    """The last `RECENT` that were added or changed."""
+
+    def __setitem__(self, name: str, value: Value) -> None:
+        super().__setitem__(name, value)
+        self.move_to_end(name)
+        while len(self) > RECENT:
+            self.popitem(last=False)
+
+    def add(self, name: str) -> None:
+        """Add one that has no value."""
+        self[name] = True  # type: ignore[assignment]
 
 
 class Receiver:
@@ -30,19 +49,29 @@ class Receiver:
         retries: Attempts after the first one.
         repeat: Seconds after which what had no answer is said again.
         patched: Prefill servers that were seen to have ascend_patch.
+        quarantine: Blocks that are kept although their requests have ended.
         views: The rank's regions as tensors; see `kv_vllm_caches.Region`.
     """
 
     def __init__(
-        self, worker: Any, side: Side, model: str, *, timeout: float, retries: int, views: Any
+        self,
+        worker: Any,
+        side: Side,
+        model: str,
+        *,
+        timeout: float,
+        retries: int,
+        views: Any,
+        quarantine: float = kv_settings.DEFAULT_QUARANTINE,
     ) -> None:
         self.worker, self.side = worker, side
+        self.quarantine = Quarantine(worker.num_blocks, quarantine)
         self.timeout, self.retries, self.repeat = timeout, retries, min(REPEAT_S, timeout / 10)
         self.said, self.model = kv_handshake.say(side, model), model
         self.views = views
-        self.patched: set[str] = set()
-        self._agents: dict[str, dict[int, str]] = {}
-        self._queries: dict[str, tuple[float, Any]] = {}
+        self.patched: Recent[bool] = Recent()
+        self._agents: Recent[dict[int, str]] = Recent()
+        self._queries: Recent[tuple[float, Any]] = Recent()
         self._tasks: set[Any] = set()
         # Read by the worker's own thread, written by its receiver loop.
         self._lock = threading.Lock()
@@ -85,30 +114,16 @@ class Receiver:
         return found
 
     async def _query(self, address: str) -> dict[str, dict[int, str]]:
-        import httpx
-
         try:
-            async with httpx.AsyncClient(timeout=QUERY_S) as client:
-                response = await client.get(f"{address}/query")
-                response.raise_for_status()
-                return {
-                    entry["engine_id"]: {
-                        int(rank): stages["0"] for rank, stages in entry["worker_addr"].items()
-                    }
-                    for entry in response.json().values()
-                }
-        except Exception as error:
-            raise PullError(
-                f"the bootstrap server at {address} gives no answer "
-                f"({type(error).__name__}: {error})",
-                again=True,
-            ) from error
+            return await kv_vllm_bootstrap.query(address)
+        except kv_vllm_bootstrap.QueryError as error:
+            raise PullError(str(error), again=True) from error
 
     def greet(self, engine: str, peer: kv_handshake.Peer) -> None:
         """A prefill server is heard for the first time: what cannot be checked is said."""
         if engine in self.patched:
             return
-        self.patched.add(engine)
+        self.patched[engine] = True
         names = [str(name).rstrip("/").rpartition("/")[2] for name in (peer.model, self.model)]
         log.info("kv peer: prefill server %s, ascend-patch %s, %s", engine, peer.shim, names[0])
         if names[0] != names[1]:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ascend_patch.impl import kv_handshake, kv_limits
+from ascend_patch.impl import kv_handshake, kv_limits, kv_vllm_plan
 from ascend_patch.impl.kv_vllm_wire import DONE, FAILED, READY, Ask
-from ascend_patch.kernels.kv_layout import Side
+from ascend_patch.kernels.kv_layout import Plan, Refusal, Side, Topology
 
 
 class PushError(Exception):
@@ -92,6 +92,32 @@ def read_question(ask: Ask) -> Question:
     )
 
 
+def plan_for(side: Side, rank: int, question: Question) -> Plan:
+    """How a request comes from a prefill rank to the decode rank that asks.
+
+    Args:
+        side: The prefill server's.
+
+    Raises:
+        PushError: It cannot.
+    """
+    ratio = Topology(side, question.side).ratio
+    if question.prefill_tp != side.tp:
+        raise PushError(
+            f"{ratio}: the decode server believes that this one has TP {question.prefill_tp}",
+            again=True,
+        )
+    plan = kv_vllm_plan.plan_of(side, question.side, question.transfer)
+    if isinstance(plan, Refusal):
+        raise PushError(plan.sentence)
+    if question.rank not in kv_vllm_plan.asked_by(plan, rank):
+        raise PushError(
+            f"{ratio}: prefill rank {rank} has nothing for decode rank {question.rank}; install "
+            "the same ascend-patch on both sides"
+        )
+    return plan
+
+
 @dataclass
 class Job:
     """One attempt of a decode rank.
@@ -100,7 +126,6 @@ class Job:
         number: Of this job in its process. An epoch that is asked for again after it was forgotten
             gets another one.
         name: For messages.
-        question: None once the job has ended: it may be long.
         given_up: Nothing may be written for it any more.
     """
 
@@ -112,7 +137,6 @@ class Job:
     request: str
     transfer: str
     rank: int
-    question: Question | None
     state: str = ""
     told: Any = None
     go: asyncio.Event = field(default_factory=asyncio.Event)

@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from itertools import count
 from typing import Any
 
 from ascend_patch.impl import (
@@ -23,6 +21,7 @@ from ascend_patch.impl import (
     kv_vllm_wire,
 )
 from ascend_patch.impl.kv_vllm_push import Push, Pusher
+from ascend_patch.impl.kv_vllm_records import Records
 from ascend_patch.impl.kv_vllm_requests import Job, PushError, Question, Record
 from ascend_patch.impl.kv_vllm_wire import (
     ACCEPTED,
@@ -34,25 +33,21 @@ from ascend_patch.impl.kv_vllm_wire import (
     INTERNAL,
     READY,
     RESTARTED,
-    Answer,
+    answer_of,
     log,
 )
-from ascend_patch.kernels.kv_layout import Plan, Refusal, Side, Topology
+from ascend_patch.kernels.kv_layout import Plan, Side
 
 # How many attempts may be under way; and how many are remembered after they ended, and requests
 # after their blocks were freed, so that a late message about one gets a true answer.
 REMEMBERED = 4096
-# Block ids of attempts whose requests the host does not know yet: 8 MiB.
-AHEAD = 1 << 21
 POLL_S = 1.0
 
 
 class Sender:
     """One prefill rank's part of the transfers; `worker` is the host's MooncakeConnectorWorker.
 
-    Attributes:
-        jobs: Attempts by epoch: those that have not ended, and the last `REMEMBERED` that have.
-        records: Requests by transfer id: those that are not over, and the last that are.
+    Its `jobs` are attempts by epoch, its `records` requests by transfer id; see `kv_vllm_records`.
     """
 
     def __init__(
@@ -70,11 +65,8 @@ class Sender:
         self.nonce = uuid.uuid4().hex
         self.said = kv_handshake.say(side, model) | {"nonce": self.nonce}
         self.new_request = new_request
-        self.records: OrderedDict[str, Record] = OrderedDict()
-        self.jobs: dict[str, Job] = {}
-        self._ended: deque[str] = deque()
-        self._ahead: dict[str, int] = {}
-        self._numbers = count(1)
+        self.memory = Records(worker.reqs_need_send, REMEMBERED)
+        self.jobs, self.records = self.memory.jobs, self.memory.requests
 
     async def handle(self, identity: bytes, socket: Any, ask: Any) -> None:
         """Take one message of a patched decode rank; it returns at once.
@@ -123,69 +115,19 @@ class Sender:
         """Accept an attempt, or say why not and keep nothing of it."""
         try:
             question = kv_vllm_requests.read_question(ask)
-            plan = self._plan(question)
-            record = self._admit(question, plan)
+            plan = kv_vllm_requests.plan_for(self.side, self.worker.tp_rank, question)
+            record = self.memory.admit(question)
         except (kv_limits.LimitError, kv_handshake.HandshakeError) as error:
             await self._refuse(identity, socket, ask, str(error))
             return
         except PushError as error:
             await self._refuse(identity, socket, ask, str(error), again=error.again)
             return
-        job = self.jobs[epoch] = Job(
-            epoch,
-            next(self._numbers),
-            identity,
-            socket,
-            self._name(question),
-            question.request,
-            question.transfer,
-            question.rank,
-            question,
-        )
-        record.running += 1
-        if not record.known:
-            self._ahead[epoch] = len(question.blocks)
+        record.puller = question.puller
+        record.expected = kv_vllm_plan.asked_by(plan, self.worker.tp_rank)
+        job = self.memory.begin(epoch, identity, socket, self._name(question), question)
         # The loop keeps no strong reference to a task.
         job.task = asyncio.ensure_future(self._run(job, question, plan, record))
-
-    def _admit(self, question: Question, plan: Plan) -> Record:
-        """The record of a request that may be pushed.
-
-        Raises:
-            PushError: It belongs to another decode server, or there are too many.
-        """
-        record = self.records.get(question.transfer)
-        if record is not None and record.puller not in ("", question.puller):
-            raise PushError(f"transfer {question.transfer} belongs to another decode server")
-        if len(self.jobs) - len(self._ended) >= REMEMBERED:
-            raise PushError(
-                f"{REMEMBERED} transfers from this prefill rank are under way; ask again later",
-                again=True,
-            )
-        if record is None or not record.known:
-            ahead = sum(self._ahead.values()) + len(question.blocks)
-            if ahead > AHEAD:
-                raise PushError(
-                    f"decode ranks wait for {ahead} blocks of requests that this prefill server "
-                    f"does not know yet; {AHEAD} fit: ask again later",
-                    again=True,
-                )
-        record = self._record(question.transfer)
-        record.puller, record.expected = question.puller, self._expected(plan)
-        return record
-
-    def _record(self, transfer: str) -> Record:
-        """What is known of a request, from now on."""
-        record = self.records.setdefault(transfer, Record())
-        self.records.move_to_end(transfer)
-        # A few at a time: those that are not over are passed by.
-        for _ in range(8):
-            if len(self.records) <= REMEMBERED:
-                break
-            oldest, found = self.records.popitem(last=False)
-            if found.running or oldest in self.worker.reqs_need_send or oldest == transfer:
-                self.records[oldest] = found
-        return record
 
     async def _run(self, job: Job, question: Question, plan: Plan, record: Record) -> None:
         try:
@@ -216,23 +158,6 @@ class Sender:
             await self._push(job, question, plan, send)
         record.wrote[rank] = question.digest
         self.serve(transfer, rank, True)
-
-    def _plan(self, question: Question) -> Plan:
-        ratio = Topology(self.side, question.side).ratio
-        if question.prefill_tp != self.side.tp:
-            raise PushError(
-                f"{ratio}: the decode server believes that this one has TP {question.prefill_tp}",
-                again=True,
-            )
-        plan = kv_vllm_plan.plan_of(self.side, question.side, question.transfer)
-        if isinstance(plan, Refusal):
-            raise PushError(plan.sentence)
-        if question.rank not in self._expected(plan):
-            raise PushError(
-                f"{ratio}: prefill rank {self.worker.tp_rank} has nothing for decode rank "
-                f"{question.rank}; install the same ascend-patch on both sides"
-            )
-        return plan
 
     async def _ready(self, job: Job, record: Record) -> Any:
         """The host's record of a request, once its blocks are computed."""
@@ -290,7 +215,7 @@ class Sender:
 
     def serve(self, transfer: str, rank: int, pushed: bool) -> None:
         """Note that a decode rank needs no more; after the last one the blocks are freed."""
-        record = self._record(transfer)
+        record = self.memory.request(transfer)
         record.served[rank] = record.served.get(rank, False) or pushed
         self.settle(transfer)
 
@@ -321,9 +246,6 @@ class Sender:
         if last and transfer in self.records and (job is None or not job.writing):
             self.serve(transfer, rank, False)
 
-    def _expected(self, plan: Plan) -> tuple[int, ...]:
-        return kv_vllm_plan.asked_by(plan, self.worker.tp_rank)
-
     async def _stop(self, job: Job, *, last: bool) -> None:
         """End an attempt, unless it writes; who asks about it later hears that it is over."""
         writes = job.writing
@@ -334,11 +256,11 @@ class Sender:
 
     def know(self, transfer: str) -> None:
         """The host has this request: once it is gone, it does not come again."""
-        self._record(transfer).known = True
+        self.memory.request(transfer).known = True
 
     def abort(self, transfer: str, why: str) -> None:
         """A request that ended here without anything to send: who waits for it is told at once."""
-        self._record(transfer).gone = why
+        self.memory.request(transfer).gone = why
 
     async def _tell(self, job: Job, state: str, sentence: str = "", again: bool = False) -> None:
         self._note(job, state, sentence, again)
@@ -350,42 +272,11 @@ class Sender:
         if job.ended:
             return
         job.state = state
-        job.told = self._answer(
-            job.epoch, state, [job.request], sentence, again=again, job=job.number
+        job.told = answer_of(
+            self.said, job.epoch, state, [job.request], sentence, again=again, job=job.number
         )
         if job.ended:
-            self._end(job)
-
-    def _end(self, job: Job) -> None:
-        """Keep of an attempt what a late message about it needs."""
-        job.question = None
-        self._ahead.pop(job.epoch, None)
-        self._ended.append(job.epoch)
-        while len(self._ended) > REMEMBERED:
-            self.jobs.pop(self._ended.popleft(), None)
-        record = self.records[job.transfer]
-        record.running -= 1
-        if not record.running and not record.known:
-            # Made for attempts alone: the host makes another when the request comes.
-            self.worker.reqs_need_send.pop(job.transfer, None)
-
-    def _answer(
-        self,
-        epoch: str,
-        state: str,
-        requests: list[str],
-        sentence: str = "",
-        *,
-        again: bool = False,
-        job: int = 0,
-    ) -> Answer:
-        return Answer(
-            status=kv_vllm_wire.CONTINUE if state in (ACCEPTED, READY) else kv_vllm_wire.FINISH,
-            ok_reqs=requests if state == DONE else None,
-            err_reqs=requests if state == FAILED else None,
-            err_msg=sentence or None,
-            ascend_patch=self.said | {"epoch": epoch, "state": state, "again": again, "job": job},
-        )
+            self.memory.end(job)
 
     async def _refuse(
         self, identity: bytes, socket: Any, ask: Any, sentence: str, *, again: bool = False
@@ -393,7 +284,8 @@ class Sender:
         """Say that nothing is written for an attempt of which nothing is kept."""
         kv_vllm_wire.log_refusal(f"kv push, prefill rank {self.worker.tp_rank}: {sentence}")
         requests = [one for one in list(ask.req_blocks)[:1] if len(one) <= kv_limits.MAX_ID]
-        answer = self._answer(ask.ascend_patch["epoch"], FAILED, requests, sentence, again=again)
+        epoch = ask.ascend_patch["epoch"]
+        answer = answer_of(self.said, epoch, FAILED, requests, sentence, again=again)
         await socket.send_multipart((identity, kv_vllm_wire.encode(answer)))
 
     async def _repeat(self, job: Job) -> None:

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from typing import Any
 
-from ascend_patch.impl import kv_handshake, kv_vllm_wire
+from ascend_patch.impl import kv_handshake, kv_limits, kv_vllm_quarantine, kv_vllm_wire
 from ascend_patch.impl.kv_vllm_link import Link, LostError
-from ascend_patch.impl.kv_vllm_wire import ACCEPTED, CANCEL, DONE, FAILED, GO, READY, Ask, log
+from ascend_patch.impl.kv_vllm_wire import (
+    ACCEPTED,
+    CANCEL,
+    DONE,
+    FAILED,
+    GO,
+    READY,
+    RESTARTED,
+    Ask,
+    log,
+)
 
 REPEAT_S = 2.0
-# After a peer is gone: what it had written to a socket may still be read from it.
-SETTLE_S = 2.0
+# What an unpatched prefill server says before it writes. Of its other errors it is not known
+# whether some of a request's ranges are still on their way.
+BEFORE_WRITING = (
+    "P num blocks less than D",
+    "Timeout waiting for P side ready",
+    "This P tp_rank ",
+    "Mooncake: Heterogeneous TP is not supported",
+)
 
 
 class PullError(Exception):
@@ -27,7 +44,8 @@ class Conversation:
     """One attempt with one prefill rank.
 
     Attributes:
-        told: What the peer says of itself; None if it has no ascend_patch, or is not heard yet.
+        told: What identifies the process and the job that accepted this attempt; None if the peer
+            has no ascend_patch, or is not heard yet.
         doubtful: It may be writing.
     """
 
@@ -80,29 +98,43 @@ class Conversation:
             return self._hear_unpatched(answer)
         if ours.get("epoch") != self.ask.ascend_patch["epoch"]:  # type: ignore[index]
             return ""
+        state = str(ours.get("state"))
         if self.told is None:
             # It asks before it writes.
             self.doubtful = False
-            self.told = ours
-            self.pull.meet(self.rank, ours)
+            self.told = {name: ours[name] for name in ("nonce", "job") if name in ours}
+            self._meet(ours, answer)
         elif ours.get("nonce") != self.told.get("nonce"):
-            self.doubtful = False
+            # Whoever says so, the process that may write has not.
             raise PullError("the prefill server was restarted meanwhile", again=True)
-        state = str(ours.get("state"))
         if state == FAILED:
-            self.doubtful = False
-            raise PullError(str(answer.err_msg), again=bool(ours.get("again")))
+            sentence = _sentence(answer.err_msg)
+            if sentence != RESTARTED:
+                self.doubtful = False
+            raise PullError(sentence, again=ours.get("again") is True)
         return state
 
+    def _meet(self, ours: dict[str, Any], answer: kv_vllm_wire.Answer) -> None:
+        try:
+            self.pull.meet(self.rank, ours)
+        except PullError as error:
+            if ours.get("state") != FAILED:
+                raise
+            raise PullError(f"{error} ({_sentence(answer.err_msg)})") from error
+
     def _hear_unpatched(self, answer: kv_vllm_wire.Answer) -> str:
+        if self.told is not None:
+            return ""  # A patched peer does not speak so.
         if not self.ask.remote_hostname:
             raise PullError(kv_handshake.both_sides(self.pull.ratio, "prefill"))
         if answer.status == kv_vllm_wire.ERROR or answer.err_reqs:
-            self.doubtful = False
-            raise PullError(answer.err_msg or "the prefill server reports an error")
+            sentence = _sentence(answer.err_msg)
+            self.doubtful = self.doubtful and not sentence.startswith(BEFORE_WRITING)
+            raise PullError(sentence)
         if self.pull.request in (answer.ok_reqs or ()):
             return DONE
         if answer.status == kv_vllm_wire.FINISH:
+            # It names what it has written, and writes no more.
             self.doubtful = False
             raise PullError("the prefill server ended without sending it")
         return ACCEPTED
@@ -118,31 +150,55 @@ class Conversation:
                 "epoch": given.get("epoch"),
                 "transfer": self.pull.transfer,
                 "rank": self.ask.remote_tp_rank,
-            },
+            }
+            | (self.told or {}),
         )
 
     async def give_up(self, *, last: bool) -> None:
-        """Tell the peer, wait until it writes no more, and hang up.
+        """Tell the peer, wait until it is known to write no more, and hang up.
 
         Args:
             last: Nobody asks again: it may free its blocks.
         """
         try:
             told = await self._cancel(last=last)
-            while self.doubtful:
-                answer = await self.link.answer(self.pull.receiver.repeat)
-                if answer is not None:
-                    self.doubtful = self._still_writes(answer)
-                elif self.told is not None:
-                    # Its last word may be lost; asked about what it was allowed, it says it again.
-                    await self.link.send(self._message(GO))
+            await self._wait_for_end(last=last)
             if not told:
                 await self._cancel(last=last)
-        except LostError:
+        except LostError as error:
             if self.doubtful:
-                await asyncio.sleep(SETTLE_S)
+                log.warning("%s: %s while it may be writing", self.pull.name, error)
+                self.link.close()
+                ask = self._ask_again if self.told is not None else None
+                await kv_vllm_quarantine.until_ended(self.link.address, ask)
+                self.doubtful = False
         finally:
             self.link.close()
+
+    async def _wait_for_end(self, *, last: bool, seconds: float = math.inf) -> None:
+        """Wait until the peer says that it writes no more, or for so long."""
+        deadline, pause = time.monotonic() + seconds, self.pull.receiver.repeat
+        while self.doubtful and (left := deadline - time.monotonic()) > 0:
+            answer = await self.link.answer(min(pause, left))
+            if answer is not None:
+                self.doubtful = self._still_writes(answer)
+            elif self.told is not None:
+                # Its last word may be lost; asked about what it was allowed, it says it again.
+                await self.link.send(self._message(GO))
+                pause = min(1.5 * pause, kv_vllm_quarantine.LONGEST_PAUSE_S)
+
+    async def _ask_again(self) -> bool:
+        """Ask over a new connection whether it still writes: the old one may have been cut."""
+        self.link.close()
+        try:
+            self.link = Link(self.pull.receiver.worker.async_zmq_ctx, self.link.address)
+            await self.link.send(self._message(GO))
+            await self._wait_for_end(last=True, seconds=2 * self.pull.receiver.repeat)
+            if not self.doubtful:
+                await self._cancel(last=True)
+        except LostError:
+            return False
+        return not self.doubtful
 
     async def _cancel(self, *, last: bool) -> bool:
         # An unpatched peer would answer with an error, as if it had been about its push.
@@ -158,3 +214,11 @@ class Conversation:
             return self._hear(answer) != DONE and self.doubtful
         except PullError:
             return self.doubtful
+
+
+def _sentence(found: str | None) -> str:
+    """What a peer says went wrong, fit for a log."""
+    try:
+        return kv_limits.text("what the prefill server says", found, kv_limits.MAX_TEXT)
+    except kv_limits.LimitError:
+        return "the prefill server reports an error"

@@ -108,6 +108,33 @@ class Answer(msgspec.Struct, omit_defaults=True):
     ascend_patch: dict[str, Any] | None = None
 
 
+def answer_of(
+    said: dict[str, Any],
+    epoch: str,
+    state: str,
+    requests: list[str],
+    sentence: str = "",
+    *,
+    again: bool = False,
+    job: int = 0,
+) -> Answer:
+    """The answer about an attempt.
+
+    Args:
+        said: What this side says of itself.
+        requests: The request of the attempt.
+        sentence: Why it failed.
+        job: The number of the attempt here; 0 if nothing is kept of it.
+    """
+    return Answer(
+        status=CONTINUE if state in (ACCEPTED, READY) else FINISH,
+        ok_reqs=requests if state == DONE else None,
+        err_reqs=requests if state == FAILED else None,
+        err_msg=sentence or None,
+        ascend_patch=said | {"epoch": epoch, "state": state, "again": again, "job": job},
+    )
+
+
 # MooncakeXferResponseStatus
 FINISH, CONTINUE, ERROR = 0, 1, 2
 # A block id or an address takes up to so many bytes.

@@ -68,8 +68,13 @@ PUSHES = (
         "start_load_kv",
         f"{MOONCAKE}:PullReqMeta",
         f"{WORKER}.start_load_kv",
-        f"{WORKER}.get_finished",
         f"{WORKER}.fetch_finished_recving_reqs",
+    ),
+    Target(
+        f"{WORKER}.get_finished",
+        "host",
+        f"{OURS}_finished:get_finished",
+        context=(f"{WORKER}.fetch_finished_recving_reqs", f"{WORKER}.fetch_finished_sending_reqs"),
     ),
     Target(
         f"{SCHEDULER}.update_state_after_alloc",

@@ -6,17 +6,15 @@ prefill ranks they come from; what a block's bytes look like on both is decided 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from ascend_patch.kernels.kv_layout import geometry
 from ascend_patch.kernels.kv_layout.geometry import PULL, PUSH, Run
 from ascend_patch.kernels.kv_layout.refusals import Refusal, refuse
+from ascend_patch.kernels.kv_layout.sources import readers_of, sources_of
 from ascend_patch.kernels.kv_layout.topology import (
-    HeadRange,
     LayerGroup,
-    Side,
     StageGroup,
     Topology,
 )
@@ -99,6 +97,10 @@ class Plan:
         return {}
 
     @cached_property
+    def _by_prefill(self) -> dict[int, tuple[int, ...]]:
+        return {}
+
+    @cached_property
     def _by_stages(self) -> dict[tuple[int, int], tuple[Shared, ...]]:
         return {}
 
@@ -114,7 +116,7 @@ class Plan:
             divmod(prefill_rank, self.topology.prefill.tp),
             divmod(decode_rank, self.topology.decode.tp),
         )
-        sources = _sources(self.topology, decode_tp, self.turn)
+        sources = sources_of(self.topology, decode_tp, self.turn)
         pieces = []
         for group, layers in self._shared(stage, decode_stage):
             if tp_rank in sources[group.name]:
@@ -138,7 +140,7 @@ class Plan:
         """The prefill ranks that a decode rank's bytes come from: how many it must wait for."""
         prefill = self.topology.prefill
         decode_stage, decode_tp = divmod(decode_rank, self.topology.decode.tp)
-        ranks = _sources(self.topology, decode_tp, self.turn)
+        ranks = sources_of(self.topology, decode_tp, self.turn)
         return tuple(
             sorted(
                 {
@@ -152,11 +154,16 @@ class Plan:
 
     def targets(self, prefill_rank: int) -> tuple[int, ...]:
         """The decode ranks that a prefill rank's blocks go to; it may free them after the last."""
+        if prefill_rank not in self._by_prefill:
+            self._by_prefill[prefill_rank] = self._targets(prefill_rank)
+        return self._by_prefill[prefill_rank]
+
+    def _targets(self, prefill_rank: int) -> tuple[int, ...]:
         decode = self.topology.decode
         stage, tp_rank = divmod(prefill_rank, self.topology.prefill.tp)
         found = []
-        for decode_tp in _readers(self.topology, tp_rank):
-            sources = _sources(self.topology, decode_tp, self.turn)
+        for decode_tp in readers_of(self.topology, tp_rank):
+            sources = sources_of(self.topology, decode_tp, self.turn)
             named = {name for name, ranks in sources.items() if tp_rank in ranks}
             for decode_stage in range(decode.pp) if named else ():
                 shared = self._shared(stage, decode_stage)
@@ -170,7 +177,7 @@ class Plan:
         prefill, decode = self.topology.prefill, self.topology.decode
         read: dict[str, set[int]] = {group.name: set() for group in self.topology.shared}
         for decode_tp in range(decode.tp):
-            for name, ranks in _sources(self.topology, decode_tp, self.turn).items():
+            for name, ranks in sources_of(self.topology, decode_tp, self.turn).items():
                 read[name].update(ranks)
         idle = []
         for stage in range(prefill.pp):
@@ -240,66 +247,3 @@ def _layers(origin: StageGroup, target: StageGroup) -> tuple[tuple[int, int], ..
     first = max(origin.layers.start, target.layers.start)
     end = min(origin.layers.stop, target.layers.stop)
     return tuple((origin.region(layer), target.region(layer)) for layer in range(first, end))
-
-
-def _ranges(side: Side, group: LayerGroup, first: int, end: int) -> range:
-    """The numbers of the head ranges of a side that heads ``first`` to ``end - 1`` are in."""
-    count = side.heads(group, 0).count
-    return range(first // count, (end - 1) // count + 1)
-
-
-def _ranks_of(side: Side, group: LayerGroup, ranges: range) -> range:
-    """The ranks that hold these head ranges."""
-    replicas = len(side.heads(group, 0).ranks)
-    return range(ranges.start * replicas, ranges.stop * replicas)
-
-
-def _readers(topology: Topology, prefill_tp: int) -> tuple[int, ...]:
-    """The decode ranks that need heads which a prefill rank holds."""
-    found: set[int] = set()
-    for group in topology.shared:
-        held = topology.prefill.heads(group, prefill_tp)
-        wanted = _ranges(topology.decode, group, held.first, held.end)
-        found.update(_ranks_of(topology.decode, group, wanted))
-    return tuple(sorted(found))
-
-
-def _sources(topology: Topology, decode_tp: int, turn: int) -> dict[str, tuple[int, ...]]:
-    """For each group the prefill ranks of a stage that a decode rank reads from, by head."""
-    found: dict[str, tuple[int, ...]] = {}
-    used: set[int] = set()
-    # Where there is a choice, a rank that is needed for other layers is better than one more.
-    for group in sorted(topology.shared, key=lambda g: -g.kv_heads):
-        needed = topology.decode.heads(group, decode_tp)
-        each = topology.prefill.heads(group, 0)
-        found[group.name] = tuple(
-            _replica(topology, group, number * each.count, each, decode_tp, turn, used)
-            for number in _ranges(topology.prefill, group, needed.first, needed.end)
-        )
-        used.update(found[group.name])
-    return found
-
-
-def _replica(
-    topology: Topology,
-    group: LayerGroup,
-    first: int,
-    each: HeadRange,
-    decode_tp: int,
-    turn: int,
-    used: set[int],
-) -> int:
-    """One of the ranks that hold a range: decode ranks that need it are spread over them.
-
-    Args:
-        first: The first head of the range.
-        each: Another range of that side, of the same size and on as many ranks.
-    """
-    replicas, number = len(each.ranks), first // each.count
-    ranks: Sequence[int] = range(number * replicas, (number + 1) * replicas)
-    if topology.chosen is not None:
-        ranks = sorted({rank for rank in topology.chosen[decode_tp] if rank in ranks})
-    ranks = sorted(rank for rank in used if rank in ranks) or ranks
-    wanted = _ranges(topology.decode, group, first, first + each.count)
-    readers = _ranks_of(topology.decode, group, wanted)
-    return ranks[(readers.index(decode_tp) * len(ranks) // len(readers) + turn) % len(ranks)]

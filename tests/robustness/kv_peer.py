@@ -17,9 +17,9 @@ from kv_engine import connector
 from kv_ranks import BLOCKS, D_BLOCKS, World
 
 from ascend_patch.impl import kv_handshake
-from ascend_patch.impl.kv_vllm_wire import ASK, CANCEL, Answer
+from ascend_patch.impl.kv_vllm_wire import ASK, CANCEL, DONE, FAILED, Answer
 
-__all__ = ["Peer", "connector"]
+__all__ = ["Peer", "Prefill", "connector"]
 
 
 class Peer:
@@ -90,3 +90,54 @@ class Peer:
             if field["epoch"] == epoch:
                 return str(field["state"])
         return None
+
+
+class Prefill:
+    """A prefill rank that a test plays, in the place of the first one of a `World`.
+
+    Attributes:
+        heard: What decode ranks have said: (identity, field).
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.socket = world.context.socket(zmq.ROUTER)
+        self.socket.linger = 0
+        self.port = self.socket.bind_to_random_port("tcp://127.0.0.1")
+        world.addresses[0] = f"tcp://127.0.0.1:{self.port}"
+        self.heard: list[tuple[bytes, dict[str, Any]]] = []
+        self.said = kv_handshake.say(world.prefill[0].side, "model") | {"nonce": "n", "job": 1}
+
+    def __enter__(self) -> Prefill:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.socket.close()
+
+    async def hear(self, kind: str, seconds: float = 10) -> None:
+        """Wait for a message of this kind; others are noted on the way."""
+        while await self.socket.poll(int(seconds * 1000)):
+            identity, data = await self.socket.recv_multipart()
+            self.heard.append((identity, msgspec.msgpack.decode(data)["ascend_patch"]))
+            if self.heard[-1][1]["kind"] == kind:
+                return
+        raise AssertionError(f"nobody said {kind}; heard {[one['kind'] for _, one in self.heard]}")
+
+    async def send(self, data: bytes) -> None:
+        """Send these bytes to whom it heard last."""
+        await self.socket.send_multipart((self.heard[-1][0], data))
+
+    async def say(self, state: str, sentence: str | None = None, **changes: Any) -> None:
+        """Answer what it heard last, with changes of the field."""
+        epoch = self.heard[-1][1]["epoch"]
+        field = self.said | {"epoch": epoch, "state": state, "again": False} | changes
+        status = 0 if state in (DONE, FAILED) else 1
+        found = {"status": status, "err_msg": sentence, "ascend_patch": field}
+        await self.send(msgspec.msgpack.encode(found))
+
+    async def allowed(self) -> None:
+        """Accept the next question, and be allowed to write."""
+        await self.hear(ASK)
+        await self.say("accepted")
+        await self.say("ready")
+        await self.hear("go")

@@ -122,10 +122,11 @@ def kv_host(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     pytest.importorskip("torch", reason="torch is not installed here")
     import kv_engine
 
-    from ascend_patch.impl import kv_vllm_pull, kv_vllm_talk
+    from ascend_patch.impl import kv_vllm_pull, kv_vllm_quarantine
 
     monkeypatch.setattr(kv_vllm_pull, "BACKOFF_S", 0.05)
-    monkeypatch.setattr(kv_vllm_talk, "SETTLE_S", 0.05)
+    monkeypatch.setattr(kv_vllm_quarantine, "SETTLE_S", 0.05)
+    monkeypatch.setattr(kv_vllm_quarantine, "FIRST_PAUSE_S", 0.1)
     return kv_engine.connector(monkeypatch)
 
 

@@ -1,6 +1,6 @@
 """Prefill and decode ranks in one process: vLLM's real worker class, and memory for an engine.
 
-Real are the host's class with its listener, its ZMQ sockets over the loopback interface and its
+Real are the host's class, the listeners, ZMQ sockets over the loopback interface and its
 message formats; not real is Mooncake's engine, which copies between tensors of this process.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from kv_engine import Engine
 
-from ascend_patch.impl import kv_vllm, kv_vllm_wire
+from ascend_patch.impl import kv_vllm, kv_vllm_listen, kv_vllm_wire
 from ascend_patch.impl.kv_vllm_receive import Receiver
 from ascend_patch.impl.kv_vllm_send import Sender
 from ascend_patch.kernels.kv_layout import LayerGroup, Side
@@ -183,7 +183,12 @@ class World:
                 theirs_too, worker, args, {}
             )
         ready = threading.Event()
-        self.listening.append(asyncio.ensure_future(worker._mooncake_sender_listener(ready)))
+        listen = (
+            kv_vllm_listen.Listener(worker).run
+            if self.patched[0]
+            else worker._mooncake_sender_listener
+        )
+        self.listening.append(asyncio.ensure_future(listen(ready)))
         await wait_until(ready.is_set)
 
     async def __aexit__(self, *error: object) -> None:

@@ -26,7 +26,7 @@ def read(extra: Any) -> kv_settings.Settings:
 )
 def test_numbers_that_make_sense_are_taken(given, found) -> None:
     settings = read(json.loads(given))
-    assert settings == found
+    assert settings == (*found, kv_settings.DEFAULT_QUARANTINE)
     assert type(settings.timeout) is float
 
 
@@ -54,8 +54,16 @@ def test_seconds_that_no_float_holds_are_refused() -> None:
 
 @pytest.mark.parametrize("extra", [{}, None])
 def test_nothing_set_is_the_default(extra) -> None:
-    assert read(extra) == (kv_settings.DEFAULT_RETRIES, 60.0)
-    assert kv_settings.read(SimpleNamespace(kv_transfer_config=None), "e", 480) == (2, 480.0)
+    assert read(extra) == (kv_settings.DEFAULT_RETRIES, 60.0, 0.25)
+    assert kv_settings.read(SimpleNamespace(kv_transfer_config=None), "e", 480) == (2, 480.0, 0.25)
+
+
+@pytest.mark.parametrize("value", ["0", "-0.5", "1.01", '"0.5"', "true", "null", "NaN"])
+def test_other_shares_are_refused(value) -> None:
+    wanted = r"^quarantine_share in kv_connector_extra_config of engine-7 is .*; give a number abo"
+    with pytest.raises(ValueError, match=wanted):
+        read(json.loads(f'{{"quarantine_share": {value}}}'))
+    assert read({"quarantine_share": 1}).quarantine == 1.0
 
 
 def test_a_server_reads_them_before_its_host_begins(monkeypatch) -> None:
@@ -63,7 +71,7 @@ def test_a_server_reads_them_before_its_host_begins(monkeypatch) -> None:
     monkeypatch.setattr(envs, "VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT", 7, raising=False)
     transfer = SimpleNamespace(kv_connector_extra_config={})
     config = SimpleNamespace(kv_transfer_config=transfer)
-    assert kv_vllm._settings(config, engine_id="e") == (2, 7.0)
+    assert kv_vllm._settings(config, engine_id="e") == (2, 7.0, 0.25)
     transfer.kv_connector_extra_config["pull_retries"] = -1
     with pytest.raises(ValueError, match="pull_retries"):
         kv_vllm.worker_init(pytest.fail, SimpleNamespace(), (config, "e"), {})

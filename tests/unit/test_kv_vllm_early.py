@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ascend_patch.impl import kv_vllm, kv_vllm_early
+from ascend_patch.impl import kv_vllm, kv_vllm_early, kv_vllm_quarantine
 
 msgspec = pytest.importorskip("msgspec", reason="msgspec comes with vLLM")
 zmq_asyncio = pytest.importorskip("zmq.asyncio", reason="ZMQ comes with vLLM")
@@ -57,7 +57,7 @@ def test_settings_are_read_before_the_host_begins() -> None:
     worker = SimpleNamespace()
     began: list[Any] = []
     kv_vllm_early.worker_init(lambda *given: began.append(given), worker, (config(), "e"), {})
-    assert vars(worker) == {kv_vllm.SETTINGS: (2, 60.0)}
+    assert vars(worker) == {kv_vllm.SETTINGS: (2, 60.0, 0.25)}
     with pytest.raises(ValueError, match="pull_timeout_s in kv_connector_extra_config of e is"):
         kv_vllm_early.worker_init(pytest.fail, worker, (config(pull_timeout_s="9"), "e"), {})
     assert len(began) == 1
@@ -184,7 +184,7 @@ def test_silence_fails_the_request_and_keeps_its_blocks_until_it_ends() -> None:
 
 
 def test_nobody_listening_fails_the_request(monkeypatch) -> None:
-    monkeypatch.setattr(kv_vllm_early, "SETTLE_S", 0.05)
+    monkeypatch.setattr(kv_vllm_quarantine, "SETTLE_S", 0.05)
 
     async def run() -> None:
         worker = Worker()
