@@ -123,7 +123,7 @@ class ProcessState:
             for target in patch.targets:
                 target.calls = self.counters.value(f"{patch.id}/{target.id}")
         kernels = [name for name in self.counters.names if name.startswith("kernel/")]
-        command = getattr(sys, "orig_argv", None) or getattr(sys, "argv", ())
+        command: list[str] = getattr(sys, "orig_argv", None) or getattr(sys, "argv", [])
         counting = {"kept": self.counters.kept, "file_system": self.counters.file_system}
         problems = self.problems[:MAX_PROBLEMS]
         if len(self.problems) > MAX_PROBLEMS:
