@@ -43,6 +43,7 @@ def add_to(runtime_env: dict[str, Any]) -> list[str]:
     path = path_for_workers(environment.get(PATH, of_job.get(PATH)), elsewhere=bool(elsewhere))
     if path is not None:
         environment[PATH] = path
+        elsewhere += _on_other_nodes()
     return elsewhere
 
 
@@ -109,6 +110,24 @@ def _of_the_job() -> Mapping[str, Any]:
     except Exception:
         # Not worth a server: a user's PYTHONPATH for the whole job is then not known.
         return {}
+
+
+def _on_other_nodes() -> list[str]:
+    """A sentence where workers may run on a node that has no such folder."""
+    ray = sys.modules.get("ray")
+    try:
+        if ray is None or not ray.is_initialized():
+            return []
+        alive = sum(bool(node.get("Alive")) for node in ray.nodes())
+    except Exception:
+        # Not worth a server: how many nodes there are is then not known.
+        return []
+    if alive < 2:
+        return []
+    return [
+        f"Ray has {alive} nodes, and workers find the shim by PYTHONPATH, at {PACKAGE}: it has to "
+        "be at the same path on each of them, or ascend-patch installed there"
+    ]
 
 
 def _with_another_interpreter(fields: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import _env
 import _installer
-from _server import HOST, Server, ServerError, cpu_variables, free_port
+from _server import HOST, Server, cpu_variables, free_port
 from _system import ensure_system
 
 # The engine without CUDA: TCP, and RDMA where the machine has it.
@@ -118,7 +118,9 @@ class Pair:
             connection.request("GET", "/query")
             found = json.loads(connection.getresponse().read())
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise ServerError(f"The bootstrap server does not answer: {error!r}") from error
+            raise self.prefill.failed(
+                f"The bootstrap server does not answer: {error!r}."
+            ) from error
         finally:
             connection.close()
         engine: str = found["0"]["engine_id"]

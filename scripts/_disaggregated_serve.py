@@ -147,7 +147,13 @@ def refuse_what_cannot_start(
     )
     if done.returncode:
         raise SetupError(f"`ascend-patch list` failed: {done.stderr.strip()[-400:]}")
-    found = next(one for one in json.loads(done.stdout)["patches"] if one["id"] == PATCH)
+    try:
+        found = next(one for one in json.loads(done.stdout)["patches"] if one["id"] == PATCH)
+    except ValueError as error:
+        raise SetupError(
+            f"`ascend-patch list --json` printed no JSON alone ({error}); a sitecustomize of "
+            f"{env.python} may print too."
+        ) from error
     if found["state"] not in ("armed", "retired"):
         raise SetupError(
             f"{sizes} needs kv_connector, which is {found['state']} here: {found['reason']}. It is "

@@ -252,10 +252,32 @@ def test_what_a_user_gives_to_a_whole_ray_job_wins_too(executor, ray):
     assert given["runtime_env"]["env_vars"] == {"ASCEND_PATCHES_RUN": OURS["ASCEND_PATCHES_RUN"]}
 
 
+@pytest.mark.parametrize(
+    ("doors", "alive", "named"),
+    [
+        (["sitecustomize"], [True, True, False], True),
+        (["sitecustomize"], [True, False], False),
+        # Installed: each node has an environment of its own, and nothing is found by a path.
+        (["pth"], [True, True], False),
+    ],
+)
+def test_a_path_that_other_nodes_may_not_have_is_said(
+    doors, alive, named, executor, ray, monkeypatch, capsys
+):
+    import sys
+
+    monkeypatch.setattr(_bootstrap, "doors", doors)
+    sys.modules["ray"].nodes = lambda: [{"Alive": value} for value in alive]
+    executor._init_workers_ray("group")
+    said = capsys.readouterr().err
+    assert ("Ray has 2 nodes, and workers find the shim by PYTHONPATH" in said) == named
+
+
 def test_a_ray_that_is_not_connected_is_not_asked(executor, ray, monkeypatch):
     import sys
 
     monkeypatch.setattr(sys.modules["ray"], "is_initialized", lambda: False)
     monkeypatch.setattr(sys.modules["ray"], "get_runtime_context", lambda: 1 / 0)
+    sys.modules["ray"].nodes = lambda: 1 / 0
     _, given = executor._init_workers_ray("group")
     assert given["runtime_env"]["env_vars"] == OURS
