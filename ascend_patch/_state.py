@@ -96,8 +96,9 @@ class ProcessState:
                 self._run.make_again()
                 self._make_files(self._run)
         except (OSError, ValueError) as error:
+            where = "" if self._run is None else f"{self._run.path}: "
             self._run = None
-            self._problem(f"no status file: {error}")
+            self._problem(f"no status file: {where}{getattr(error, 'strerror', None) or error}")
 
     def _make_files(self, run: _rundir.Run) -> None:
         with run.opened() as directory:
@@ -172,7 +173,7 @@ class ProcessState:
                 self._replace(self._run)
             except OSError as error:
                 # The next time there may be space again.
-                self._problem(f"no status file: {error}")
+                self._problem(f"no status file: {self._run.path}: {error.strerror or error}")
 
     def _replace(self, run: _rundir.Run) -> None:
         found = self.snapshot()

@@ -310,6 +310,32 @@ def test_a_helper_process_that_ended_is_no_front_end_that_crashed(host):
     assert ["(killed)" in line for line in front] == [False, True]
 
 
+CHILDREN = (
+    "import multiprocessing, os, sys\n"
+    "def work(kills):\n    import vllm.ops\n    kills and os.kill(os.getpid(), 9)\n"
+    "if __name__ == '__main__':\n"
+    "    {first}\n"
+    "    context = multiprocessing.get_context(sys.argv[1])\n"
+    "    children = [context.Process(target=work, args=(n == 1,)) for n in (0, 1)]\n"
+    "    [child.start() for child in children], [child.join() for child in children]\n"
+)
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
+@pytest.mark.parametrize("first", ["import vllm.ops", "pass"])
+def test_each_process_that_ends_by_itself_says_so(host, method, first):
+    host.patches(DEMO)
+    script = host.folder / "children.py"
+    script.write_text(CHILDREN.format(first=first))
+    done = ended([sys.executable, str(script), method], env=host.environment(), cwd=host.folder)
+    assert done.returncode == 0, done.stderr
+    processes = [process for run in status(host, "--all")["runs"] for process in run["processes"]]
+    by_itself = {process["role"]: process["ended"] is not None for process in processes}
+    children = [value for role, value in sorted(by_itself.items()) if role != "front end"]
+    assert children == [True, False]
+    assert by_itself.get("front end", True)
+
+
 @pytest.mark.fault("relative_status_dir")
 @pytest.mark.parametrize("value", ["cpu", "0", "./status", "~/status"])
 def test_a_relative_status_directory_is_refused(host, value):

@@ -98,7 +98,8 @@ def test_a_disk_that_gets_full_while_the_server_runs(host, kind):
     done = on_disk(host, kind, code, full=False)
     said, *files = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
-    assert said == "mapped ['no status file: [Errno 28] No space left on device']"
+    where = host.status / OWN / RUN
+    assert said == f"mapped ['no status file: {where}: No space left on device']"
     # It is written again once there is space, and nothing of the attempt is left.
     assert sorted(Path(line).suffix for line in files) == [".calls", ".json"]
 

@@ -117,6 +117,19 @@ MUTANTS = {
 }
 
 
+# A rule of the report is broken, or it ends in what a careless reader runs into.
+FAILURES = (
+    AssertionError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_the_fuzzer_finds_a_reader_that_is_careless(site, seed, monkeypatch, tmp_path, mutant):
     module, name, replacement = MUTANTS[mutant]
@@ -126,5 +139,5 @@ def test_the_fuzzer_finds_a_reader_that_is_careless(site, seed, monkeypatch, tmp
     monkeypatch.setattr(module, name, replacement)
     if mutant == "no escapes":
         monkeypatch.setattr(_status, "printable", str)
-    with pytest.raises((AssertionError, ArithmeticError, LookupError, TypeError, ValueError)):
+    with pytest.raises(FAILURES):
         site.two_batches(rng)

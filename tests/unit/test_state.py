@@ -72,6 +72,32 @@ def test_a_name_that_was_never_counted_is_zero():
     assert Counters().value("nobody") == 0
 
 
+def test_counters_that_are_not_mapped_are_read_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(_calls, "KEEP_PROMISES", ())
+    counters = Counters()
+    count = counters.counter("a")
+    counters.share(tmp_path / "x.calls")
+    assert counters.kept == "written"
+    for _ in range(3):
+        count()
+    # Not each call writes; the next one after a while does, and a record does.
+    counters._due = 0.0
+    count()
+    with _files.opened(tmp_path) as directory:
+        assert _calls.read("x.calls", directory, None, ["a"]) == {"a": 4}
+        assert _calls.is_held("x.calls", directory, None)
+        count()
+        counters.flush()
+        assert _calls.read("x.calls", directory, None, ["a"]) == {"a": 5}
+        # What somebody has put in its place is not written to.
+        (tmp_path / "x.calls").unlink()
+        (tmp_path / "x.calls").write_bytes(b"another's")
+        count()
+        counters.flush()
+    assert (tmp_path / "x.calls").read_bytes() == b"another's"
+    assert (counters.kept, counters.value("a")) == ("memory", 6)
+
+
 def test_the_same_name_counted_twice_is_one_counter():
     counters = Counters()
     counters.counter("a")(), counters.counter("a")()
@@ -123,7 +149,8 @@ def test_the_status_file_is_replaced_and_never_half_written(state, root, monkeyp
     state.facts["new"] = 1
     state.write()
     assert status_file(root).read_text() == before
-    assert state.problems == ["no status file: the disk is full"]
+    (run,) = root.iterdir()
+    assert state.problems == [f"no status file: {run}: the disk is full"]
     assert sorted(path.suffix for path in root.glob("*/*")) == [".calls", ".json"]
     monkeypatch.undo()
     state.write()
@@ -288,13 +315,21 @@ def test_a_process_id_that_was_used_again_is_not_the_old_process(root):
 HOLD = """
 import os, sys, time
 from pathlib import Path
+from ascend_patch import _calls
 from ascend_patch._calls import Counters
+if "not mapped" in sys.argv:
+    _calls.KEEP_PROMISES = ()
+if "no mapping at all" in sys.argv:
+    _calls.KEEP_PROMISES = ()
+    def mmap(*_, **__):
+        raise OSError("no such device")
+    _calls.mmap.mmap = mmap
 counters = Counters()
 counters.share(Path(sys.argv[1]))
-if sys.argv[2:] and os.fork() == 0:
+if "fork" in sys.argv and os.fork() == 0:
     counters.reset()  # as the shim does in a forked child
     print(os.getpid(), flush=True)
-elif not sys.argv[2:]:
+elif "fork" not in sys.argv:
     print(os.getpid(), flush=True)
 time.sleep(60)
 """
@@ -333,9 +368,10 @@ def test_a_process_that_has_our_id_and_start_by_chance_keeps_no_run(root):
         assert prune(root) == []
 
 
-def test_a_forked_child_does_not_keep_its_parent_in_the_status(root):
+@pytest.mark.parametrize("how", ["mapped", "not mapped", "no mapping at all"])
+def test_a_forked_child_does_not_keep_its_parent_in_the_status(root, how):
     run = make_run(root, DEAD, "1-1")
-    child, grandchild = hold(run / "1-1.calls", "fork")
+    child, grandchild = hold(run / "1-1.calls", "fork", how)
     try:
         assert grandchild != child.pid
         assert is_running(run / "1-1.json")
