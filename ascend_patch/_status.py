@@ -69,7 +69,9 @@ def _lines(run: dict[str, Any]) -> list[str]:
     if any(_how_ended(process) == _KILLED for process in shown):
         lines.append("  killed: by a signal, a crash, or os._exit; it did not end by itself")
     for process in helpers:
-        lines.append(f"  {process['pid']} has done its work and ended: {process['command'][:60]}")
+        # Its end says what it was; its start is the path of an interpreter.
+        command = process["command"][-60:]
+        lines.append(f"  {process['pid']} has done its work and ended: {command}")
     lines.extend(_reasons(run))
     return lines
 

@@ -16,7 +16,7 @@ from ascend_patch import _calls, _files, _liveness, _prune, _rundir, _status_sch
 MAX_RUNS = 20_000
 # Of runs that have ended so many are read, the newest ones.
 MAX_ENDED = 100
-MAX_FILES = 4096
+MAX_FILES = 16_384
 # Of all files together.
 MAX_BYTES = 256 << 20
 MAX_PROBLEMS = 50
@@ -135,7 +135,10 @@ def _read_run(root: int, seen: _RunSeen, path: Path, owner: int | None, found: F
     try:
         with _files.opened(seen.name, root, owner) as run:
             user = os.fstat(run).st_uid
-            for name in _listed(run):
+            names = _listed(run)
+            if len(names) >= MAX_FILES:
+                found.problem(place, f"it holds {MAX_FILES} files or more; not all are read")
+            for name in names:
                 match = _files.FILE_NAME.fullmatch(name)
                 if match is None or match[4] != "json":
                     continue
