@@ -7,9 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ascend_patch.kernels import dispatch
+from ascend_patch.kernels import arguments, dispatch
 from ascend_patch.kernels.gdn import chunk_checks, reference
-from ascend_patch.kernels.gdn.metadata import ChunkMetadata, build_chunk_metadata
+from ascend_patch.kernels.gdn.metadata import (
+    ChunkMetadata,
+    build_chunk_metadata,
+    check_metadata,
+)
 
 OPERATOR = "chunk_gated_delta_rule"
 
@@ -104,7 +108,9 @@ def chunk_gated_delta_rule(
 
     Raises:
         TypeError: A dtype outside the above.
-        ValueError: Shapes that do not fit, an unknown layout, a cache and initial states together.
+        ValueError: Shapes, devices or memory that do not fit, an unknown layout, a cache and
+            initial states together, a slot that the cache does not have (where ``state_indices``
+            is on a CPU), a tensor that requires a gradient.
         NotImplementedError: No implementation takes this call; the message says what each asks for.
 
     Source: Gated Delta Networks, arXiv:2412.06464, section 3.3.
@@ -112,15 +118,18 @@ def chunk_gated_delta_rule(
     chunk_checks.check(
         q, k, v, g, beta, state_layout, state, state_indices, has_initial_state, initial_state, out
     )
+    if scale is not None:
+        scale = arguments.check_number("scale", scale)
     if chunk_metadata is None:
         chunk_metadata = _metadata(q, cu_seqlens)
+    check_metadata(chunk_metadata, q.device)
     count = len(chunk_metadata.starts) - 1
     given = {
         "state_indices": state_indices,
         "has_initial_state": has_initial_state,
         "initial_state": initial_state,
     }
-    chunk_checks.check_batch(q.shape[1], chunk_metadata.starts, given)
+    chunk_checks.check_batch(q.shape[1], chunk_metadata.starts, given, state)
     if out is None:
         out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     final = state
@@ -154,6 +163,7 @@ def chunk_gated_delta_rule(
 def _metadata(q: Tensor, cu_seqlens: Tensor | None) -> ChunkMetadata:
     if cu_seqlens is None:
         cu_seqlens = torch.tensor([0, q.shape[1]], dtype=torch.int32)
+    arguments.check_tensors(OPERATOR, {"cu_seqlens": cu_seqlens})
     return build_chunk_metadata(cu_seqlens.cpu(), q.device)
 
 

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ascend_patch.kernels import dispatch
+from ascend_patch.kernels import arguments, dispatch
 from ascend_patch.kernels.gdn import conv_checks, conv_reference
-from ascend_patch.kernels.gdn.metadata import ChunkMetadata, build_chunk_metadata
+from ascend_patch.kernels.gdn.metadata import (
+    ChunkMetadata,
+    build_chunk_metadata,
+    check_metadata,
+)
 
 OPERATOR = "causal_conv1d"
 UPDATE = "causal_conv1d_update"
@@ -118,15 +122,33 @@ def causal_conv1d(
 
     Raises:
         TypeError: A dtype outside the above.
-        ValueError: Shapes that do not fit, an unknown activation, an ``out`` that is x.
+        ValueError: Shapes, devices or memory that do not fit, an unknown activation, an ``out``
+            that is x, a tensor that requires a gradient; where they are on a CPU, sequences that
+            do not lie in the tokens and slots that the cache does not have.
         NotImplementedError: No implementation takes this call; the message says what each asks for.
 
     Source: the semantics of vLLM's causal_conv1d_fn (model_executor/layers/mamba/ops).
     """
+    arguments.check_tensors(
+        OPERATOR,
+        {"x": x, "weight": weight},
+        {
+            "bias": bias,
+            "conv_state": conv_state,
+            "state_indices": state_indices,
+            "has_initial_state": has_initial_state,
+            "query_start_loc": query_start_loc,
+            "out": out,
+        },
+    )
     silu = conv_checks.check(x, weight, bias, activation, conv_state, out)
     conv_checks.check_states(conv_state, state_indices, has_initial_state)
     if out is not None and out.data_ptr() == x.data_ptr() and x.numel():
         raise ValueError("out is x: a token's neighbours are read after it was written")
+    if out is not None:
+        arguments.check_apart("out", out, {"x": x})
+    if chunk_metadata is not None:
+        check_metadata(chunk_metadata, x.device)
     if chunk_metadata is None and query_start_loc is None:
         whole = torch.tensor([0, x.shape[0]], dtype=torch.int32)
         chunk_metadata = build_chunk_metadata(whole, x.device)
@@ -134,7 +156,7 @@ def causal_conv1d(
     assert starts is not None
     given = {"state_indices": state_indices, "has_initial_state": has_initial_state}
     known = None if chunk_metadata is None else chunk_metadata.starts
-    conv_checks.check_batch(x.shape[0], starts, known, given)
+    conv_checks.check_batch(x.shape[0], starts, known, given, conv_state)
     fill = out is None
     if out is None:
         out = _output(x, None if chunk_metadata is None else chunk_metadata.starts[-1])
@@ -199,8 +221,21 @@ def causal_conv1d_update(
     lengths and no num_accepted_tokens, it keeps fewer places for the shorter ones; here they too
     keep their last W - 1 inputs.
     """
+    arguments.check_tensors(
+        UPDATE,
+        {"x": x, "conv_state": conv_state, "weight": weight},
+        {
+            "bias": bias,
+            "state_indices": state_indices,
+            "num_accepted_tokens": num_accepted_tokens,
+            "query_start_loc": query_start_loc,
+            "out": out,
+        },
+    )
     silu = conv_checks.check(x, weight, bias, activation, conv_state, out)
     conv_checks.check_states(conv_state, state_indices, None)
+    if out is not None:
+        arguments.check_apart("out", out, {"x": x}, itself=True)
     if query_start_loc is not None and state_indices is None:
         raise ValueError(
             "query_start_loc needs state_indices: their length says how many there are"
@@ -209,7 +244,7 @@ def causal_conv1d_update(
     if query_start_loc is not None and state_indices is not None:
         sequences = state_indices.shape[0]
     given = {"state_indices": state_indices, "num_accepted_tokens": num_accepted_tokens}
-    conv_checks.check_update(sequences, conv_state, query_start_loc, given)
+    conv_checks.check_update(sequences, conv_state, query_start_loc, given, x.shape[0], pad_slot_id)
     fill = out is None
     if out is None:
         out = _output(x, sequences if query_start_loc is None else None)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ascend_patch.kernels import arguments
+
 WIDTHS = (2, 3, 4, 5)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _INDICES = (torch.int32, torch.int64)
@@ -54,6 +56,11 @@ def check(
         raise ValueError(
             f"out must be {tuple(x.shape)} in {x.dtype}, not {tuple(out.shape)} in {out.dtype}"
         )
+    if conv_state is not None:
+        arguments.check_written("conv_state", conv_state)
+    if out is not None:
+        arguments.check_written("out", out)
+        arguments.check_apart("out", out, {"weight": weight, "bias": bias})
     return activation in _SILU
 
 
@@ -77,12 +84,18 @@ def check_batch(
     starts: Tensor,
     known: tuple[int, ...] | None,
     given: Mapping[str, Tensor | None],
+    conv_state: Tensor | None,
 ) -> None:
     """Raise TypeError or ValueError where sequences and tokens, or their states, do not fit."""
     _check_starts(starts)
     if known is not None and known[-1] > tokens:
         raise ValueError(f"the sequences end at token {known[-1]}, but x has {tokens} tokens")
-    _check_counts(starts.shape[0] - 1, given)
+    if known is None:
+        arguments.check_starts("query_start_loc", starts, tokens, from_zero=True)
+    sequences = starts.shape[0] - 1
+    _check_counts(sequences, given)
+    if conv_state is not None:
+        _check_slots(sequences, conv_state, given["state_indices"])
 
 
 def check_update(
@@ -90,6 +103,8 @@ def check_update(
     conv_state: Tensor,
     starts: Tensor | None,
     given: Mapping[str, Tensor | None],
+    tokens: int,
+    pad_slot_id: int,
 ) -> None:
     """Raise TypeError or ValueError where sequences, their starts and their states do not fit."""
     if starts is not None:
@@ -99,15 +114,30 @@ def check_update(
                 f"query_start_loc has {starts.shape[0]} entries for {sequences} sequences; "
                 f"there must be {sequences + 1}"
             )
+        arguments.check_starts("query_start_loc", starts, tokens, sequences)
     _check_counts(sequences, given)
     accepted = given["num_accepted_tokens"]
     if accepted is not None and accepted.dtype not in _INDICES:
         raise TypeError(f"num_accepted_tokens must be int32 or int64, not {accepted.dtype}")
-    if given["state_indices"] is None and conv_state.shape[0] < sequences:
-        raise ValueError(
-            f"conv_state has {conv_state.shape[0]} slots for {sequences} sequences: name each "
-            "one's slot in state_indices"
-        )
+    _check_slots(sequences, conv_state, given["state_indices"], pad_slot_id)
+
+
+def _check_slots(
+    sequences: int, conv_state: Tensor, state_indices: Tensor | None, pad_slot_id: int = -1
+) -> None:
+    if sequences and not conv_state.shape[0]:
+        raise ValueError(f"conv_state has no slots, and there are {sequences} sequences")
+    if state_indices is None:
+        if conv_state.shape[0] < sequences:
+            raise ValueError(
+                f"conv_state has {conv_state.shape[0]} slots for {sequences} sequences: name each "
+                "one's slot in state_indices"
+            )
+        return
+    named = state_indices[:sequences]
+    if pad_slot_id >= 0 and arguments.on_host(named):
+        named = named[named != pad_slot_id]
+    arguments.check_slots("state_indices", named, conv_state.shape[0])
 
 
 def _check_starts(starts: Tensor) -> None:

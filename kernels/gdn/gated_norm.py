@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ascend_patch.kernels import dispatch
+from ascend_patch.kernels import arguments, dispatch
 from ascend_patch.kernels.gdn import gated_norm_reference
 
 OPERATOR = "gated_rms_norm"
@@ -64,11 +64,13 @@ def gated_rms_norm(
 
     Raises:
         TypeError: A dtype outside the above.
-        ValueError: Shapes that do not fit, or a group size that does not divide D.
+        ValueError: Shapes, devices or memory that do not fit, a group size that does not divide D,
+            or a tensor that requires a gradient.
         NotImplementedError: No implementation takes this call; the message says what each asks for.
 
     Source: vLLM's RMSNormGated.forward_native (model_executor/layers/layernorm.py), with silu.
     """
+    eps = arguments.check_number("eps", eps, least=0)
     group = _check(x, gate, weight, group_size, out)
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -85,6 +87,7 @@ def _check(
     x: Tensor, gate: Tensor | None, weight: Tensor, group_size: int | None, out: Tensor | None
 ) -> int:
     """The group's size. No device memory is read."""
+    arguments.check_tensors(OPERATOR, {"x": x, "weight": weight}, {"gate": gate, "out": out})
     for name, tensor in (("x", x), ("gate", gate), ("weight", weight), ("out", out)):
         if tensor is not None and tensor.dtype not in _DTYPES:
             raise TypeError(f"{name} must be bfloat16, float16 or float32, not {tensor.dtype}")
@@ -98,8 +101,14 @@ def _check(
         raise ValueError(
             f"out must be {tuple(x.shape)} in {x.dtype}, not {tuple(out.shape)} in {out.dtype}"
         )
+    if out is not None:
+        arguments.check_written("out", out)
+        arguments.check_apart("out", out, {"weight": weight})
+        arguments.check_apart("out", out, {"x": x, "gate": gate}, itself=True)
     if group_size is None:
         return int(x.shape[-1])
+    if isinstance(group_size, bool) or not isinstance(group_size, int):
+        raise TypeError(f"group_size must be a whole number of elements, not {group_size!r}")
     if group_size < 1 or x.shape[-1] % group_size:
         raise ValueError(f"group_size must divide the {x.shape[-1]} of a row, not {group_size}")
     return group_size

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ascend_patch.kernels import dispatch
+from ascend_patch.kernels import arguments, dispatch
 from ascend_patch.kernels.gdn import gating_reference
 
 OPERATOR = "fused_gating"
@@ -55,7 +55,8 @@ def fused_gating(
 
     Raises:
         TypeError: A dtype outside the above.
-        ValueError: Shapes that do not fit, or softplus_beta is not above 0.
+        ValueError: Shapes or devices that do not fit, softplus_beta is not above 0, or a tensor
+            requires a gradient.
         NotImplementedError: No implementation takes this call.
 
     Stands for vLLM's `fused_gdn_gating`, whose arguments are in another order (A_log, a, b,
@@ -63,9 +64,10 @@ def fused_gating(
     itself takes b's sigmoid, in b's dtype. Source: Gated Delta Networks, arXiv:2412.06464, and
     Mamba, arXiv:2312.00752, for A and dt.
     """
+    arguments.check_tensors(OPERATOR, {"a": a, "b": b, "A_log": A_log, "dt_bias": dt_bias})
     check(a, b, A_log, dt_bias)
-    if softplus_beta <= 0.0:
-        raise ValueError(f"softplus_beta must be above 0, not {softplus_beta}")
+    softplus_beta = arguments.check_number("softplus_beta", softplus_beta, above=0)
+    softplus_threshold = arguments.check_number("softplus_threshold", softplus_threshold)
     g, beta = (
         torch.empty(1, *a.shape, dtype=torch.float32, device=a.device) for _ in ("g", "beta")
     )

@@ -107,6 +107,8 @@ def build_chunk_metadata(
     """
     starts = _checked(query_start_loc_cpu)
     sizes = tuple(dict.fromkeys(chunk_sizes))
+    if any(isinstance(size, bool) or not isinstance(size, int) for size in sizes):
+        raise TypeError(f"chunk_sizes must be whole numbers of tokens, not {chunk_sizes!r}")
     if not sizes or min(sizes) < 1:
         raise ValueError(f"chunk_sizes must be one or more positive sizes, not {chunk_sizes!r}")
     lengths = np.diff(starts)
@@ -132,7 +134,23 @@ def build_chunk_metadata(
     return ChunkMetadata(tuple(starts.tolist()), cu_seqlens, tables)
 
 
+def check_metadata(metadata: object, device: torch.device) -> None:
+    """Raise TypeError or ValueError for what is no batch's metadata, or lies on another device."""
+    if not isinstance(metadata, ChunkMetadata):
+        raise TypeError(
+            "chunk_metadata must be what build_chunk_metadata returns, not a "
+            f"{type(metadata).__name__}"
+        )
+    if metadata.cu_seqlens.device != device:
+        raise ValueError(
+            f"chunk_metadata is for {metadata.cu_seqlens.device}, and the tensors are on {device}: "
+            "build it for that device"
+        )
+
+
 def _checked(query_start_loc: Tensor) -> npt.NDArray[np.int64]:
+    if not isinstance(query_start_loc, Tensor):
+        raise TypeError(f"query_start_loc must be a tensor, not a {type(query_start_loc).__name__}")
     if query_start_loc.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"query_start_loc must be int32 or int64, not {query_start_loc.dtype}")
     if query_start_loc.device.type != "cpu":
@@ -145,6 +163,11 @@ def _checked(query_start_loc: Tensor) -> npt.NDArray[np.int64]:
     starts: npt.NDArray[np.int64] = query_start_loc.numpy().astype(np.int64)
     if starts[0] != 0 or (np.diff(starts) < 0).any():
         raise ValueError("query_start_loc must begin with 0 and never fall: it sums up lengths")
+    if starts[-1] > np.iinfo(np.int32).max:
+        raise ValueError(
+            f"query_start_loc ends at token {starts[-1]}; kernels count in int32, up to "
+            f"{np.iinfo(np.int32).max}"
+        )
     return starts
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ascend_patch.kernels import dispatch
+from ascend_patch.kernels import arguments, dispatch
 from ascend_patch.kernels.gdn import recurrent_checks, recurrent_reference
 
 OPERATOR = "recurrent_gated_delta_rule"
@@ -111,7 +111,9 @@ def recurrent_gated_delta_rule(
 
     Raises:
         TypeError: A dtype outside the above.
-        ValueError: Shapes that do not fit, an unknown layout, gates given twice or not at all.
+        ValueError: Shapes, devices or memory that do not fit, an unknown layout, gates given twice
+            or not at all, a tensor that requires a gradient; where they are on a CPU, requests
+            that do not lie in the tokens and slots that the cache does not have.
         NotImplementedError: No implementation takes this call; the message says what each asks for.
 
     Stands for vLLM's `fused_recurrent_gated_delta_rule` (g and beta; the only one to 0.17),
@@ -131,10 +133,27 @@ def recurrent_gated_delta_rule(
 
     Source: Gated Delta Networks, arXiv:2412.06464, eq. 10.
     """
+    arguments.check_tensors(
+        OPERATOR,
+        {"q": q, "k": k, "v": v, "state": state, "state_indices": state_indices},
+        {
+            "g": g,
+            "beta": beta,
+            "a": a,
+            "b": b,
+            "A_log": A_log,
+            "dt_bias": dt_bias,
+            "cu_seqlens": cu_seqlens,
+            "num_accepted_tokens": num_accepted_tokens,
+            "out": out,
+        },
+    )
+    if scale is not None:
+        scale = arguments.check_number("scale", scale)
     recurrent_checks.check(q, k, v, state, state_layout, out)
     decay, weight = recurrent_checks.check_gates(v, (g, beta), (a, b, A_log, dt_bias))
     requests = recurrent_checks.check_requests(
-        q.shape[1], state_indices, cu_seqlens, num_accepted_tokens
+        q.shape[1], state_indices, cu_seqlens, num_accepted_tokens, state.shape[0]
     )
     if out is None:
         out = torch.empty(v.shape, dtype=v.dtype, device=v.device)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ascend_patch.kernels import arguments
 from ascend_patch.kernels.gdn import gating
-from ascend_patch.kernels.gdn.chunk_checks import LAYOUTS
+from ascend_patch.kernels.gdn.chunk_checks import LAYOUTS, check_sizes
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _INDICES = (torch.int32, torch.int64)
@@ -32,6 +33,7 @@ def check(
             f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree, and v {tuple(v.shape)} must "
             "have their tokens and a multiple of their heads"
         )
+    check_sizes(k, v)
     if out is not None and (out.shape != v.shape or out.dtype != v.dtype):
         raise ValueError(
             f"out must be {tuple(v.shape)} in {v.dtype}, not {tuple(out.shape)} in {out.dtype}"
@@ -42,6 +44,11 @@ def check(
             f"state in layout {state_layout} must be [slots, {heads}, {size[0]}, {size[1]}], "
             f"not {tuple(state.shape)}"
         )
+    arguments.check_written("state", state)
+    if out is not None:
+        arguments.check_written("out", out)
+        arguments.check_apart("out", out, {"q": q, "k": k})
+        arguments.check_apart("out", out, {"v": v}, itself=True)
 
 
 def check_gates(
@@ -72,6 +79,7 @@ def check_requests(
     state_indices: Tensor,
     cu_seqlens: Tensor | None,
     num_accepted_tokens: Tensor | None,
+    slots: int,
 ) -> int:
     """How many requests there are; raises where their tokens and slots do not fit."""
     given = (
@@ -98,4 +106,7 @@ def check_requests(
     for name, x in (("state_indices", state_indices), ("num_accepted_tokens", num_accepted_tokens)):
         if x is not None and x.shape[0] < requests:
             raise ValueError(f"{name} has {x.shape[0]} rows for {requests} requests; one each")
+    if cu_seqlens is not None:
+        arguments.check_starts("cu_seqlens", cu_seqlens, tokens)
+    arguments.check_slots("state_indices", state_indices[:requests], slots)
     return requests

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,46 @@ Ints = npt.NDArray[np.int64]
 # Ranges of one call to the engine. Mooncake's TCP transport queues 2048 for a peer, those of other
 # threads included; one batch that does not fit fails, and all that come after it.
 MOST_AT_ONCE = 256
+
+
+# Addresses are int64: a range must end below this.
+LIMIT = 2**63
+
+
+def whole_numbers(name: str, given: object) -> Ints:
+    """Numbers that a caller gave, as int64 [N].
+
+    Args:
+        name: What they are, for the message.
+        given: A sequence, an array or a CPU tensor of integers.
+
+    Raises:
+        TypeError: One is no integer: 1.5, True and None are not.
+        ValueError: There is more than one dimension, or one is below 0 or at least 2**63.
+    """
+    if isinstance(given, str | bytes) or not hasattr(given, "__len__"):
+        raise TypeError(f"{name} must be a list of whole numbers, not {given!r}.")
+    if isinstance(given, list | tuple) and {bool, np.bool_} & set(map(type, given)):
+        raise TypeError(f"{name} must be whole numbers; True and False are none.")
+    try:
+        found = np.asarray(given)
+    except ValueError:
+        raise ValueError(f"{name} must be a list of numbers, not of lists.") from None
+    except OverflowError:
+        raise ValueError(f"{name} must be below 2**63.") from None
+    if found.ndim != 1:
+        raise ValueError(f"{name} must be a list of numbers, not of {found.ndim} dimensions.")
+    if found.dtype.kind not in "iu" and found.size:
+        for number in given:  # type: ignore[attr-defined]
+            if isinstance(number, bool) or not isinstance(number, Integral):
+                raise TypeError(f"{name} must be whole numbers; {number!r} is none.")
+        raise ValueError(f"{name} must be numbers that are at least 0 and below 2**63.")
+    if found.size and not 0 <= int(found.min()) <= int(found.max()) < LIMIT:
+        raise ValueError(
+            f"{name} must be numbers that are at least 0 and below 2**63; they run from "
+            f"{int(found.min())} to {int(found.max())}."
+        )
+    return found.astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -94,13 +135,18 @@ def match_blocks(
             with the prompt, and what is missing is missing at its beginning.
 
     Raises:
-        ValueError: Decode wants more than prefill has, ids are negative or appear twice in
-            ``decode_blocks``, or ``tokens`` is missing.
+        TypeError: An id or a count is no whole number.
+        ValueError: Decode wants more than prefill has, ids are negative, 2**63 or more, or appear
+            twice in ``decode_blocks``, or ``tokens`` is missing.
     """
     sizes = topology.prefill.block_size, topology.decode.block_size
-    have, want = np.asarray(prefill_blocks, np.int64), np.asarray(decode_blocks, np.int64)
-    if have.ndim != 1 or want.ndim != 1 or (have < 0).any() or (want < 0).any():
-        raise ValueError("Block ids must be lists of numbers that are at least 0.")
+    have = whole_numbers("Block ids of prefill", prefill_blocks)
+    want = whole_numbers("Block ids of decode", decode_blocks)
+    for name, count in (("tokens", tokens), ("cached_blocks", cached_blocks)):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
+            raise TypeError(f"{name} must be a whole number, not {count!r}.")
+    if tokens is not None and tokens < 0:
+        raise ValueError(f"tokens must be at least 0, not {tokens}.")
     if len(np.unique(want)) != len(want):
         raise ValueError(f"A block is written twice: decode's block ids are {want.tolist()}.")
     if tokens is None:
@@ -165,10 +211,13 @@ def descriptors(
         exchange.
 
     Raises:
+        TypeError: An address, a stride or an id is no whole number.
         ValueError: A list does not have one entry for each region of its rank, a stride is shorter
-            than a block, or a block id is out of range.
+            than a block, an id, a unit or a rank is out of range, or a range ends beyond 2**63.
     """
     topology = plan.topology
+    check_ranks(topology, prefill_rank, decode_rank)
+    check_pairs(topology, pairs)
     origin = side_arrays(
         "prefill", topology.prefill.regions(prefill_rank), prefill_bases, prefill_strides
     )
@@ -181,6 +230,8 @@ def descriptors(
     ):
         if limit is not None and len(blocks) and blocks.max() >= limit:
             raise ValueError(f"Block {blocks.max()} is not on the {name} side: it has {limit}.")
+    check_reach("prefill", *origin, pairs.prefill_block)
+    check_reach("decode", *target, pairs.decode_block)
     transfer = plan.transfer(prefill_rank, decode_rank)
     found = [
         part
@@ -204,15 +255,61 @@ def side_arrays(
     name: str, sizes: tuple[int, ...], bases: Sequence[int], strides: Sequence[int] | None
 ) -> tuple[Ints, Ints]:
     """(addresses, strides) of a rank's regions, checked against the plan."""
-    given = sizes if strides is None else strides
-    if len(bases) != len(sizes) or len(given) != len(sizes):
+    places = whole_numbers(f"Addresses of the {name} rank", bases)
+    steps = sizes if strides is None else strides
+    given = whole_numbers(f"Strides of the {name} rank", steps)
+    if len(places) != len(sizes) or len(given) != len(sizes):
         raise ValueError(
-            f"The {name} rank has {len(sizes)} regions by the plan; {len(bases)} addresses and "
+            f"The {name} rank has {len(sizes)} regions by the plan; {len(places)} addresses and "
             f"{len(given)} strides were given: the two sides do not hold the same layers."
         )
     if any(a < b for a, b in zip(given, sizes, strict=True)):
-        raise ValueError(f"Blocks of the {name} rank are {sizes} bytes, and strides are {given}.")
-    return np.asarray(bases, np.int64), np.asarray(given, np.int64)
+        raise ValueError(
+            f"Blocks of the {name} rank are {sizes} bytes, and strides are "
+            f"{tuple(map(int, given))}."
+        )
+    return places, given
+
+
+def check_ranks(topology: Topology, prefill_rank: int, decode_rank: int) -> None:
+    """Raise TypeError or ValueError for ranks that the two sides do not have."""
+    for name, rank, side in (
+        ("prefill", prefill_rank, topology.prefill),
+        ("decode", decode_rank, topology.decode),
+    ):
+        if isinstance(rank, bool) or not isinstance(rank, int):
+            raise TypeError(f"The {name} rank must be a whole number, not {rank!r}.")
+        if not 0 <= rank < side.world:
+            raise ValueError(f"There is no {name} rank {rank}; there are {side.world}.")
+
+
+def check_pairs(topology: Topology, pairs: Pairs) -> None:
+    """Raise TypeError or ValueError for pairs that `match_blocks` would not make."""
+    sizes = topology.prefill.block_size, topology.decode.block_size
+    columns = {
+        name: whole_numbers(f"The {name.replace('_', ' ')}s of the pairs", getattr(pairs, name))
+        for name in ("prefill_block", "prefill_unit", "decode_block", "decode_unit")
+    }
+    if len({len(column) for column in columns.values()}) > 1:
+        raise ValueError(
+            "The pairs' columns must be equally long; they have "
+            f"{', '.join(f'{len(column)} {name}s' for name, column in columns.items())}."
+        )
+    for name, size in zip(("prefill_unit", "decode_unit"), sizes, strict=True):
+        most, column = size // min(sizes), columns[name]
+        if len(column) and column.max() >= most:
+            raise ValueError(f"{name} {column.max()} is not in a block: it has {most} units.")
+
+
+def check_reach(name: str, bases: Ints, strides: Ints, blocks: Ints) -> None:
+    """Raise ValueError where the last block ends beyond what an address can say."""
+    last = int(blocks.max()) + 1 if len(blocks) else 0
+    reach = max((int(b) + int(s) * last for b, s in zip(bases, strides, strict=True)), default=0)
+    if reach >= LIMIT:
+        raise ValueError(
+            f"Block {last - 1} of the {name} rank ends at address {reach}, beyond 2**63: the "
+            "address, the stride or the block id is wrong."
+        )
 
 
 def _piece(

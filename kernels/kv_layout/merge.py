@@ -9,8 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ascend_patch.kernels import dispatch
+from ascend_patch.kernels import arguments, dispatch
 from ascend_patch.kernels.kv_layout import merge_reference
+from ascend_patch.kernels.kv_layout.descriptors import whole_numbers
 from ascend_patch.kernels.kv_layout.topology import HND, LAYOUTS
 
 OPERATOR = "merge_head_shards_"
@@ -86,13 +87,19 @@ def merge_head_shards_(
             theirs). They are left as they are.
 
     Raises:
-        ValueError: Shapes, strides or devices that do not fit, ids that are out of range or appear
-            twice, shards that do not add up to H.
+        TypeError: A cache is no tensor; a block id or a shard is no whole number.
+        ValueError: A tensor requires a gradient; shapes, strides, memory or devices that do not
+            fit, ids that are out of range or appear twice, shards that do not add up to H.
         NotImplementedError: No implementation takes this call; the message says what each asks for.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; it must be NHD or HND.")
-    ids = tuple(block_ids.tolist() if isinstance(block_ids, Tensor) else map(int, block_ids))
+    ids = _block_ids(block_ids)
+    if not isinstance(caches, list | tuple):
+        raise TypeError(f"caches must be a list of tensors, not a {type(caches).__name__}.")
+    given = {f"caches[{i}]": cache for i, cache in enumerate(caches)}
+    given |= {f"staging[{i}]": buffer for i, buffer in enumerate(staging or ())}
+    arguments.check_tensors(OPERATOR, given)
     parts = _parts(caches, parts_dim)
     sources = parts if staging is None else _parts(staging, parts_dim)
     heads = _check_caches(parts, layout)
@@ -115,6 +122,16 @@ def merge_head_shards_(
         raise NotImplementedError(f"{OPERATOR} on {parts[0].device.type}: {choice.reason}")
     dispatch.observe(OPERATOR)
     choice.implementation.run(call)
+
+
+def _block_ids(given: Sequence[int] | Tensor) -> tuple[int, ...]:
+    if isinstance(given, Tensor):
+        if given.dtype not in (torch.int32, torch.int64) or given.dim() != 1:
+            raise TypeError(
+                f"block_ids must be int32 or int64 [N], not {given.dtype} {tuple(given.shape)}."
+            )
+        given = given.tolist()
+    return tuple(whole_numbers("Block ids", list(given)).tolist())
 
 
 def _parts(caches: Sequence[Tensor], parts_dim: int | None) -> tuple[Tensor, ...]:
@@ -141,20 +158,29 @@ def _check_caches(parts: tuple[Tensor, ...], layout: str) -> int:
             f"{sorted(map(str, kinds))}."
         )
     for x in parts:
+        if x.shape[0] > 1 and x.stride(0) < x[0].numel():
+            raise ValueError(
+                f"Blocks of {x[0].numel()} elements lie {x.stride(0)} apart: they share memory."
+            )
         if x.shape[0] and not x[0].is_contiguous():
             raise ValueError(
                 f"A block must be contiguous as {layout} {tuple(x.shape[1:])}; its strides are "
                 f"{x.stride()[1:]}: is the layout another one?"
             )
+    places = [x.data_ptr() for x in parts if x.numel() and not x.is_meta]
+    if len(set(places)) < len(places):
+        raise ValueError("A cache is given twice: it would be merged twice, which garbles it.")
     return int(parts[0].shape[1 if layout == HND else 2]) if parts else 0
 
 
 def _shard_counts(shards: Sequence[int] | int, heads: int) -> tuple[int, ...]:
-    if isinstance(shards, int):
+    if isinstance(shards, int) and not isinstance(shards, bool):
         if shards < 1 or heads % shards:
             raise ValueError(f"{heads} heads cannot be cut into {shards} equal shards.")
         return (heads // shards,) * shards if heads else ()
-    counts = tuple(map(int, shards))
+    if not isinstance(shards, list | tuple):
+        raise TypeError(f"shards must be a number of shards, or each one's heads, not {shards!r}.")
+    counts = tuple(whole_numbers("Heads of shards", list(shards)).tolist())
     if heads and (min(counts, default=0) < 1 or sum(counts) != heads):
         raise ValueError(f"The shards have {counts} heads, and a block has {heads}.")
     return counts

@@ -18,12 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ascend_patch.kernels import arguments
 from ascend_patch.kernels.kv_layout.descriptors import (
+    LIMIT,
     Descriptors,
     Ints,
     Pairs,
+    check_pairs,
+    check_ranks,
+    check_reach,
     joined,
     side_arrays,
+    whole_numbers,
 )
 from ascend_patch.kernels.kv_layout.geometry import PULL, Run
 from ascend_patch.kernels.kv_layout.plan import Plan, Transfer
@@ -91,6 +97,11 @@ def staged_rounds(
         (prefill_bases, prefill_strides),
         (decode_bases, decode_strides),
     )
+    for name, given in (("staging_base", staging_base), ("staging_bytes", staging_bytes)):
+        if not whole_numbers(name, [given])[0]:
+            raise ValueError(f"{name} must be above 0: the buffer is memory of the acting rank.")
+    if staging_base + staging_bytes >= LIMIT:
+        raise ValueError(f"The staging buffer ends beyond 2**63: {staging_base} + {staging_bytes}.")
     acting, other = reversed(sides) if plan.direction == PULL else sides
     transfer = plan.transfer(prefill_rank, decode_rank)
     used, ranges, copies = 0, list[Ints](), list[Copy]()
@@ -201,8 +212,12 @@ def _sides(
     plan: Plan, prefill_rank: int, decode_rank: int, pairs: Pairs, prefill: _Given, decode: _Given
 ) -> tuple[_Side, _Side]:
     topology = plan.topology
+    check_ranks(topology, prefill_rank, decode_rank)
+    check_pairs(topology, pairs)
     origin = side_arrays("prefill", topology.prefill.regions(prefill_rank), *prefill)
     target = side_arrays("decode", topology.decode.regions(decode_rank), *decode)
+    check_reach("prefill", *origin, pairs.prefill_block)
+    check_reach("decode", *target, pairs.decode_block)
     return (
         _Side("prefill", *origin, pairs.prefill_block, pairs.prefill_unit),
         _Side("decode", *target, pairs.decode_block, pairs.decode_unit),
@@ -225,7 +240,18 @@ def copy_staged(one: Round, regions: Sequence[Tensor], staging: Tensor) -> None:
         regions: The rank's caches in the order of its regions; any shape and dtype, each beginning
             with block 0.
         staging: The buffer, contiguous, on the same device.
+
+    Raises:
+        TypeError: Something is no tensor.
+        ValueError: Devices differ, a tensor requires a gradient, a region is missing, or a copy
+            does not lie within a region or the buffer; nothing has been copied.
     """
+    named = {f"region {i}": region for i, region in enumerate(regions)}
+    arguments.check_tensors("copy_staged", {"staging": staging, **named})
+    if not staging.is_contiguous():
+        raise ValueError(f"staging must be contiguous; its strides are {staging.stride()}.")
+    for part in one.copies:
+        _check_copy(part, regions, staging)
     pull = one.ranges.direction == PULL
     for part in one.copies:
         cache = regions[part.region]
@@ -249,6 +275,27 @@ def copy_staged(one: Round, regions: Sequence[Tensor], staging: Tensor) -> None:
             rows[which[0], which[1]] = items
         else:
             items.copy_(rows[which[0], which[1]])
+
+
+def _check_copy(part: Copy, regions: Sequence[Tensor], staging: Tensor) -> None:
+    """Raise ValueError where a copy reaches past a region's storage, or past the buffer."""
+    if not 0 <= part.region < len(regions):
+        raise ValueError(f"There is no region {part.region}; {len(regions)} were given.")
+    cache = regions[part.region]
+    here = cache.untyped_storage().nbytes() - cache.storage_offset() * cache.element_size()
+    block, unit = (int(x.max()) if len(x) else 0 for x in (part.blocks, part.units))
+    within = (block, unit, part.count - 1)
+    reach = part.offset + sum(n * step for n, step in zip(within, part.steps, strict=True))
+    items = (len(part.blocks) - 1, part.count - 1)
+    buffered = part.staging_offset + sum(
+        n * step for n, step in zip(items, part.staging_steps, strict=True)
+    )
+    for name, end, size in (
+        (f"region {part.region}", reach + part.length, here),
+        ("the staging buffer", buffered + part.length, staging.numel() * staging.element_size()),
+    ):
+        if end > size:
+            raise ValueError(f"A copy ends at byte {end} of {name}, which has {size}.")
 
 
 def _integers(x: Tensor, width: int) -> Tensor:

@@ -61,8 +61,8 @@ def rotary_embedding(
 
     Raises:
         TypeError: a dtype outside the above.
-        ValueError: shapes or devices that do not fit; in the checked mode, a position that has no
-            row in the cache.
+        ValueError: shapes or devices that do not fit; a tensor that requires a gradient; in the
+            checked mode, a position that has no row in the cache.
 
     Source: RoFormer, arXiv:2104.09864, eq. 34; MRoPE: Qwen2-VL, arXiv:2409.12191, section 2.1.
     """
@@ -97,7 +97,8 @@ def rotary_embedding_(
     """Rotate query and key in place; arguments, errors and results are rotary_embedding's.
 
     For eager code. In a compiled graph it is correct, but functionalisation clones around it: use
-    ``rotary_embedding`` there. query and key must not overlap.
+    ``rotary_embedding`` there. query and key must not overlap, and
+    neither be expanded: ValueError.
     """
     if not torch.compiler.is_compiling() and checks.checked(check):
         checks.check_call(positions, query, key, cos_sin_cache, head_size, mrope_section)
@@ -128,7 +129,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, is_neox_style: bool) ->
 
     Raises:
         TypeError: x, cos or sin is not floating point.
-        ValueError: shapes or devices that do not fit.
+        ValueError: shapes or devices that do not fit, or a tensor that requires a gradient.
 
     Source: RoFormer, arXiv:2104.09864, eq. 34.
     """
@@ -173,7 +174,7 @@ def split_qkv_rmsnorm_rope(
 
     Raises:
         TypeError: a dtype outside the above.
-        ValueError: shapes or devices that do not fit.
+        ValueError: shapes or devices that do not fit, or a tensor that requires a gradient.
 
     Source: RMSNorm, arXiv:1910.07467, eq. 4; then as ``rotary_embedding``.
     """

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ascend_patch import _env
+from ascend_patch.kernels import arguments
 
 CHECK_VARIABLE = _env.CHECK
 
@@ -29,7 +30,14 @@ def check_call(
     head_size: int,
     mrope_section: Sequence[int] | None,
 ) -> None:
-    """Raise TypeError for a wrong dtype and ValueError for a wrong shape or device."""
+    """Raise TypeError for a wrong dtype and ValueError for all else that is not taken."""
+    arguments.check_tensors(
+        "rotary_embedding",
+        {"query": query, "positions": positions, "cos_sin_cache": cos_sin_cache},
+        {"key": key},
+    )
+    if head_size < 1:
+        raise ValueError(f"head_size must be at least 1, not {head_size}.")
     if positions.dtype not in _POSITION_DTYPES:
         raise TypeError(f"positions must be int32 or int64, not {positions.dtype}.")
     if query.dtype not in _QUERY_DTYPES:
@@ -46,12 +54,16 @@ def check_call(
                 f"key must have the dtype of query, {query.dtype}, but it is {key.dtype}."
             )
         _check_heads("key", key, tokens, head_size)
-    for name, tensor in (("positions", positions), ("key", key), ("cos_sin_cache", cos_sin_cache)):
-        if tensor is not None and tensor.device != query.device:
-            raise ValueError(
-                f"{name} is on {tensor.device} but query is on {query.device}; "
-                "move it there once, not in each call."
-            )
+
+
+def check_in_place(query: Tensor, key: Tensor | None, cos_sin_cache: Tensor) -> None:
+    """Raise ValueError where what is rotated in place shares memory with something else."""
+    arguments.check_written("query", query)
+    read = {"cos_sin_cache": cos_sin_cache}
+    arguments.check_apart("query", query, {"key": key, **read})
+    if key is not None:
+        arguments.check_written("key", key)
+        arguments.check_apart("key", key, read)
 
 
 def _check_cache(cos_sin_cache: Tensor, head_size: int) -> None:
@@ -126,6 +138,7 @@ def _shape(x: Tensor) -> list[int]:
 
 def check_angles(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """What apply_rotary accepts: TypeError for a wrong dtype, ValueError for a wrong shape."""
+    arguments.check_tensors("apply_rotary", {"x": x, "cos": cos, "sin": sin})
     if x.dtype not in _QUERY_DTYPES:
         raise TypeError(f"x must be bfloat16, float16 or float32, not {x.dtype}.")
     if cos.dtype not in _CACHE_DTYPES or sin.dtype not in _CACHE_DTYPES:
@@ -142,9 +155,6 @@ def check_angles(x: Tensor, cos: Tensor, sin: Tensor) -> None:
             f"for x {_shape(x)}, cos and sin must be [s, rotary_dim/2] or [b, s, rotary_dim/2], "
             f"but they are {_shape(cos)}."
         )
-    for name, angles in (("cos", cos), ("sin", sin)):
-        if angles.device != x.device:
-            raise ValueError(f"{name} is on {angles.device} but x is on {x.device}.")
     if 2 * cos.shape[-1] > x.shape[-1]:
         raise ValueError(
             f"cos and sin hold {cos.shape[-1]} frequencies, which rotate {2 * cos.shape[-1]} "

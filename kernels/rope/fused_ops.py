@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascend_patch.kernels import dispatch
+from ascend_patch.kernels import arguments, dispatch
 from ascend_patch.kernels.rope import (
     checks,
     fused_call,
@@ -56,6 +56,24 @@ def _outputs(
     has_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Check the call and allocate: also all that the fake implementation has to do."""
+    arguments.check_tensors(
+        OPERATOR,
+        {
+            "qkv": qkv,
+            "positions": positions,
+            "cos_sin_cache": cos_sin_cache,
+            "q_weight": q_weight,
+            "k_weight": k_weight,
+        },
+        {"q_bias": q_bias, "k_bias": k_bias},
+    )
+    if min(num_q_heads, num_kv_heads, head_size) < 1:
+        raise ValueError(
+            f"num_q_heads, num_kv_heads and head_size must be at least 1, not {num_q_heads}, "
+            f"{num_kv_heads} and {head_size}."
+        )
+    arguments.check_number("eps", eps, least=0)
+    arguments.check_number("weight_offset", weight_offset)
     width = (num_q_heads * (2 if has_gate else 1) + 2 * num_kv_heads) * head_size
     if qkv.dim() != 2 or qkv.shape[1] != width:
         raise ValueError(
@@ -73,8 +91,6 @@ def _outputs(
             raise ValueError(f"{name} must be [{head_size}], but it is {list(vector.shape)}.")
         if not vector.is_floating_point():
             raise TypeError(f"{name} must be floating point, not {vector.dtype}.")
-        if vector.device != qkv.device:
-            raise ValueError(f"{name} is on {vector.device} but qkv is on {qkv.device}.")
     tokens, queries, keys = qkv.shape[0], num_q_heads * head_size, num_kv_heads * head_size
     gate = (tokens, queries) if has_gate else (0,)
     shapes = ((tokens, queries), (tokens, keys), (tokens, keys), gate)

@@ -92,6 +92,7 @@ def _in_place(
     mrope_interleaved: bool,
 ) -> None:
     checks.check_call(positions, query, key, cos_sin_cache, head_size, mrope_section)
+    checks.check_in_place(query, key, cos_sin_cache)
     _run(
         IN_PLACE,
         query,
