@@ -41,6 +41,7 @@ def _mended(
     """
     metadata = args[5] if len(args) > 5 else kwargs.get("attn_metadata")
     if not (steps.is_of_the_builder(metadata) and steps.is_plain(instance)):
+        steps.left_for_kind(instance, metadata, ignored(instance))
         return wrapped(*args, **kwargs)
     left_out = ignored(instance)
     if left_out and steps.is_capturing(instance):
@@ -144,6 +145,8 @@ def forward_0_23(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """
     metadata = args[5] if len(args) > 5 else kwargs.get("attn_metadata")
     if not (steps.is_of_the_builder(metadata) and steps.is_plain(instance)):
+        window = ONE_KEY_TOO_MANY if instance.sliding_window is not None else ""
+        steps.left_for_kind(instance, metadata, window)
         return wrapped(*args, **kwargs)
     defect = _defect_0_23(instance, metadata)
     if defect:
@@ -163,6 +166,9 @@ def _with_the_window(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any
     window = instance.sliding_window
     # While it captures, the release takes 0 for no window at all.
     if window is None or window < 2 or _counts_otherwise(instance):
+        if window is not None and not steps.withdrawn:
+            why = "a window of one key" if window < 2 else "kv-comp's selected keys"
+            steps.left(f"{ONE_KEY_TOO_MANY}, and left so: {why}")
         return wrapped(*args, **kwargs)
     instance.sliding_window = window - 1
     try:
@@ -194,6 +200,10 @@ def forward_c8(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         or not metadata.causal
         or not steps.is_plain(instance, "AscendC8AttentionBackendImpl")
     ):
+        if metadata is not None and steps.hides_something(instance.sliding_window, metadata):
+            steps.left(f"{NO_WINDOW} over an int8 cache")
+        elif metadata is not None and not metadata.causal:
+            steps.left(f"{CAUSAL_MASK}, over an int8 cache")
         return wrapped(*args, **kwargs)
     metadata.model_runner_type = "generate"
     try:

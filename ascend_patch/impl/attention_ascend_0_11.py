@@ -18,12 +18,15 @@ def forward(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     With trace_flag, which is its default, it only calls the operator that comes back here.
     """
     window = instance.sliding_window
-    if (window is None and instance.head_size != 192) or not steps.is_plain(instance):
+    if window is None and instance.head_size != 192:
         return wrapped(*args, **kwargs)
     # The last positional argument there is, if anybody gives it so.
     traced = args[7] if len(args) > 7 else kwargs.get("trace_flag", True)
     metadata = args[5] if len(args) > 5 else kwargs.get("attn_metadata")
     if traced or metadata is None:
+        return wrapped(*args, **kwargs)
+    if not steps.is_plain(instance):
+        steps.left_for_kind(instance, metadata, NO_WINDOW if window is not None else "")
         return wrapped(*args, **kwargs)
     if window is not None and steps.is_capturing(instance):
         return steps.left_captured(wrapped, NO_WINDOW, args, kwargs)
@@ -31,9 +34,10 @@ def forward(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     if not defect:
         return wrapped(*args, **kwargs)
     step = Step(*args, **kwargs)
-    if _is_quantised(step) or not steps.answered(
-        instance, _viewed(instance, step), defect, _cached
-    ):
+    if _is_quantised(step):
+        steps.left(f"{defect}, and left so: the layer has an int8 cache and a method of its own")
+        return wrapped(*args, **kwargs)
+    if not steps.answered(instance, _viewed(instance, step), defect, _cached):
         return wrapped(*args, **kwargs)
     return step.output.view(step.query.shape[0], instance.hidden_size)
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ascend_patch._log import get_logger
+from ascend_patch.impl import left_to_host
 from ascend_patch.kernels.attention.attend import Batch, attend
 from ascend_patch.kernels.attention.case import HOST, Case, Route
 from ascend_patch.kernels.attention.route import route
@@ -101,8 +102,21 @@ def is_capturing(instance: Any) -> bool:
 def left_captured(wrapped: Any, defect: str, args: Any, kwargs: Any) -> Any:
     """Run the release's own: it replays what it captured itself. The state says what is wrong."""
     metadata = args[5] if len(args) > 5 else kwargs["attn_metadata"]
-    _note(f"{defect} in captured {STATES[metadata.attn_state.name]}")
+    left(f"{defect} in captured {STATES[metadata.attn_state.name]}")
     return wrapped(*args, **kwargs)
+
+
+def left(reason: str) -> None:
+    """Count a step that the release computes, wrong as it may be; the patch's state says so."""
+    left_to_host.count(PATCH, reason)
+
+
+def left_for_kind(instance: Any, metadata: Any, defect: str) -> None:
+    """The same where the class is another one, or a step's metadata: these are not understood."""
+    if metadata is None or not defect:
+        return  # a profiling run, or a layer that the release computes right
+    kind = instance if not is_plain(instance) else metadata
+    left(f"{defect} by {type(kind).__name__}, which no code here is written for")
 
 
 def hides_something(window: int | None, metadata: Any) -> bool:
@@ -126,16 +140,19 @@ def answered(
     """
     layer, metadata = step.layer, step.attn_metadata
     if step.output is None or step.output_scale is not None or step.output_block_scale is not None:
+        left(f"{defect}, and left so: the output is quantised, or none was given")
         return False
     if layer._k_scale_float != 1.0 or layer._v_scale_float != 1.0:
+        left(f"{defect}, and left so: keys or values have a scale other than 1")
         return False
     caches = _caches(instance, step.kv_cache)
     case, batch = _case(instance, step, caches)
     if is_capturing(instance):
-        _note(f"{defect} in captured {case.state}")
+        left(f"{defect} in captured {case.state}")
         return False
     found = route(case)
     if withdrawn and (found.row, configuration(instance)) in withdrawn:
+        left(f"{defect}, and left so: the self-test at load found {found.operator} wrong too")
         return False
     if not _can_be_taken(found, case, step, caches, defect):
         return False
@@ -165,12 +182,12 @@ def _can_be_taken(
     found: Route, case: Case, step: Step, caches: tuple[Any, Any], defect: str
 ) -> bool:
     if found.operator == HOST:
-        _say_once(f"{defect}, and left so. {found.reason}")
+        left(f"{defect}, and left so. {found.reason}")
         return False
     missing = step.key is None if found.cache == "none" else caches[0] is None
     if missing and case.batch:
         # A profiling run before there is a cache, or a layer that shares another's keys.
-        _say_once(f"{defect}, and left so: there is no cache, or there are no keys, in this step")
+        left(f"{defect}, and left so: there is no cache, or there are no keys, in this step")
         return False
     _say_once(f"{defect} by the release in state {case.state}; {found.row}: {found.operator}")
     return True
@@ -262,16 +279,3 @@ def _say_once(sentence: str) -> None:
     if sentence not in _said:
         _said.add(sentence)
         logger.info("attention: %s", sentence)
-
-
-def _note(sentence: str) -> None:
-    """For the state of the patch in this process; the first time only."""
-    if sentence in _said:
-        return
-    _said.add(sentence)
-    from ascend_patch import _runtime
-
-    state = _runtime.current().state
-    if PATCH in state.patches:
-        state.patches[PATCH].notes.append(sentence)
-        state.write()

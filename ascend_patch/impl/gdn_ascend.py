@@ -183,7 +183,7 @@ def _is_served(step: Prefill, rows: Rows, refusal: Refusal) -> bool:
         reason = refusal(step, rows)
         known[key] = not reason
         if reason:
-            gdn_metadata.note(f"prefill of some layers is the release's own: {reason}")
+            gdn_metadata.left(f"prefill of some layers is the release's own: {reason}")
     return bool(known[key])
 
 

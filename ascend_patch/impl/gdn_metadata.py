@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascend_patch._log import get_logger
+from ascend_patch.impl import left_to_host
 from ascend_patch.kernels.gdn import ChunkMetadata, PinnedStaging, build_chunk_metadata
-
-logger = get_logger(__name__)
 
 PATCH = "gdn_attn"
 ATTRIBUTE = "ascend_patch_chunks"
@@ -26,7 +24,6 @@ CHUNK_SIZES = (64,)
 _staging: weakref.WeakKeyDictionary[Any, dict[torch.device, PinnedStaging]] = (
     weakref.WeakKeyDictionary()
 )
-_noted: set[str] = set()
 
 
 def drafting(
@@ -102,7 +99,7 @@ def attach(
             )
         except ValueError as error:
             # A dummy run may leave an earlier batch's rows behind its own.
-            note(f"prefill runs the release's own code for some batches: {error}")
+            left(f"prefill of a batch that has no chunk tables: {error}")
     setattr(metadata, ATTRIBUTE, chunks)
     return chunks
 
@@ -122,15 +119,6 @@ def staging_of(builder: Any, device: torch.device) -> PinnedStaging | None:
     return buffers[device]
 
 
-def note(sentence: str) -> None:
-    """For the log and for the patch's state in this process; the first time only."""
-    if sentence in _noted:
-        return
-    _noted.add(sentence)
-    logger.warning("GDN: %s", sentence)
-    from ascend_patch import _runtime
-
-    state = _runtime.current().state
-    if PATCH in state.patches:
-        state.patches[PATCH].notes.append(sentence)
-        state.write()
+def left(reason: str) -> None:
+    """Count a step or a layer that runs the release's own code; the patch's state says so."""
+    left_to_host.count(PATCH, reason)

@@ -124,7 +124,7 @@ def _ours(
         else gdn_vllm_trial.refusal(layer, x.dtype, layout, metadata.num_spec_decodes > 0, **caches)
     )
     if refusal:
-        gdn_metadata.note(refusal)
+        gdn_metadata.left(refusal)
         return None
     return metadata, caches
 

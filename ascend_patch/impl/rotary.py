@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 
+from ascend_patch.impl.left_to_host import count_traced
 from ascend_patch.kernels.rope import rotary_embedding
 
+PATCH = "rotary"
+NOT_TAKEN = "query, key or positions of a device, rank or dtype that the kernel does not take"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Where the operators have been seen to run; elsewhere (ROCm, which is `cuda` to torch, and XPU) the
 # layers stay as they are.
@@ -20,6 +23,7 @@ def forward(original: FunctionType) -> Any:
 
     def forward(self: Any, positions: Any, query: Any, key: Any = None) -> Any:
         if not takes(positions, query, key, self.head_size):
+            count_traced(PATCH, NOT_TAKEN)
             return original(self, positions, query, key)
         cache = self._match_cos_sin_cache_dtype(query)
         return rotate(self, cache, positions, query, key)
@@ -36,6 +40,7 @@ def forward_before_0_16(original: FunctionType) -> Any:
 
     def forward_native(self: Any, positions: Any, query: Any, key: Any = None) -> Any:
         if not takes(positions, query, key, self.head_size):
+            count_traced(PATCH, NOT_TAKEN)
             return original(self, positions, query, key)
         return rotate(self, self.cos_sin_cache, positions, query, key)
 
@@ -52,8 +57,10 @@ def forward_cpu(original: FunctionType) -> Any:
     base = original.__globals__["RotaryEmbedding"]
 
     def forward_cpu(self: Any, positions: Any, query: Any, key: Any = None) -> Any:
-        own = type(self).forward_native is not base.forward_native
-        if own or not takes(positions, query, key, self.head_size):
+        if type(self).forward_native is not base.forward_native:
+            return original(self, positions, query, key)
+        if not takes(positions, query, key, self.head_size):
+            count_traced(PATCH, NOT_TAKEN)
             return original(self, positions, query, key)
         return rotate(self, cache_of(self, query), positions, query, key)
 

@@ -10,15 +10,21 @@ from __future__ import annotations
 from types import FunctionType
 from typing import Any
 
-from ascend_patch.impl.rotary import DEVICES, DTYPES
+from ascend_patch.impl.left_to_host import count_traced
+from ascend_patch.impl.rotary import DEVICES, DTYPES, PATCH
 from ascend_patch.kernels.rope import apply_rotary
+
+NOT_TAKEN = "heads or angles of a device, shape or dtype that the kernel does not take"
 
 
 def forward(original: FunctionType) -> Any:
     """ApplyRotaryEmb.forward_native from 0.14 on, between vLLM's own pre- and post-processing."""
 
     def forward_native(self: Any, x: Any, cos: Any, sin: Any) -> Any:
-        if self.enable_fp32_compute or not takes(x, cos, sin):
+        if self.enable_fp32_compute:
+            return original(self, x, cos, sin)
+        if not takes(x, cos, sin):
+            count_traced(PATCH, NOT_TAKEN)
             return original(self, x, cos, sin)
         x, cos, sin, shape, dtype = self._pre_process(x, cos, sin)
         output = apply_rotary(x, cos, sin, is_neox_style=self.is_neox_style)
@@ -31,7 +37,10 @@ def forward_0_13(original: FunctionType) -> Any:
     """ApplyRotaryEmb.forward_native of 0.13, which has no pre- and post-processing."""
 
     def forward_native(self: Any, x: Any, cos: Any, sin: Any) -> Any:
-        if self.enable_fp32_compute or not takes(x, cos, sin):
+        if self.enable_fp32_compute:
+            return original(self, x, cos, sin)
+        if not takes(x, cos, sin):
+            count_traced(PATCH, NOT_TAKEN)
             return original(self, x, cos, sin)
         return apply_rotary(x, cos, sin, is_neox_style=self.is_neox_style)
 
@@ -42,7 +51,10 @@ def dispatch(original: FunctionType) -> Any:
     """`apply_rotary_emb_dispatch` of 0.11 and 0.12, where it would take the torch form."""
 
     def apply_rotary_emb_dispatch(x: Any, cos: Any, sin: Any, is_neox_style: bool) -> Any:
-        if x.device.type == "cuda" or not takes(x, cos, sin):
+        if x.device.type == "cuda":
+            return original(x, cos, sin, is_neox_style)
+        if not takes(x, cos, sin):
+            count_traced(PATCH, NOT_TAKEN)
             return original(x, cos, sin, is_neox_style)
         return apply_rotary(x, cos, sin, is_neox_style=is_neox_style)
 
@@ -53,7 +65,10 @@ def vision_0_12(original: FunctionType) -> Any:
     """`apply_rotary_pos_emb_vision` of 0.12; that of 0.11 computes in float32."""
 
     def apply_rotary_pos_emb_vision(t: Any, cos: Any, sin: Any) -> Any:
-        if t.device.type == "cuda" or not takes(t, cos, sin):
+        if t.device.type == "cuda":
+            return original(t, cos, sin)
+        if not takes(t, cos, sin):
+            count_traced(PATCH, NOT_TAKEN)
             return original(t, cos, sin)
         return apply_rotary(t, cos, sin, is_neox_style=True)
 

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ascend_patch.impl import left_to_host
 from ascend_patch.kernels.rope import rotary_embedding
 
+PATCH = "rotary"
+WITH_OFFSETS = "offsets of positions, which the kernel does not take, where the release is wrong"
 MODULE = "vllm_ascend.ops.rotary_embedding"
 
 
@@ -81,6 +84,8 @@ def _operator(original: FunctionType, fits: Callable[[int, int, int, bool], bool
                 head_size=head_size,
                 is_neox_style=is_neox_style,
             )
+        if wrong:
+            left_to_host.count_traced(PATCH, WITH_OFFSETS)
         return original(
             positions, query, key, cos_sin_cache, head_size, rotary_dim, is_neox_style, offsets
         )
@@ -128,6 +133,8 @@ def rope_forward_oot_0_13(original: FunctionType) -> Any:
                 head_size=self.head_size,
                 is_neox_style=is_neox_style,
             )
+        if own:
+            left_to_host.count_traced(PATCH, WITH_OFFSETS)
         return original(self, positions, query, key, is_neox_style, offsets)
 
     return _rope_forward_oot
@@ -161,6 +168,8 @@ def rope_forward_oot_0_11(original: FunctionType) -> Any:
                 is_neox_style=is_neox_style,
             )
         whole = self.rotary_dim == self.head_size
+        if offsets is not None and not (by_kernel or gathered or whole):
+            left_to_host.count_traced(PATCH, WITH_OFFSETS)
         if by_kernel or offsets is not None or gathered or whole:
             return original(self, positions, query, key, is_neox_style, offsets)
         cache = self.cos_sin_cache.to(query.device, query.dtype)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from types import FunctionType
 from typing import Any
 
-from ascend_patch.impl.rotary import cache_of, takes
+from ascend_patch.impl.left_to_host import count_traced
+from ascend_patch.impl.rotary import NOT_TAKEN, PATCH, cache_of, takes
 from ascend_patch.kernels.rope import rotary_embedding
 
 AXES = 3
@@ -22,6 +23,7 @@ def forward(original: FunctionType) -> Any:
         self: Any, positions: Any, query: Any, key: Any = None, offsets: Any = None
     ) -> Any:
         if not has_sections(self, positions) or not takes(positions, query, key, self.head_size):
+            count_traced(PATCH, NOT_TAKEN)
             return original(self, positions, query, key, offsets)
         return rotary_embedding(
             positions,

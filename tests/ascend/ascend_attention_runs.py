@@ -29,6 +29,12 @@ def router():
     import ascend_patch
     patches = {p["id"]: p for p in ascend_patch.status()["patches"]}
     return patches.get("attention_router", {"state": "off", "reason": "", "targets": []})
+
+def left():
+    import ascend_patch
+    found = ascend_patch.status().get("left_to_host", {})
+    router = "attention_router: "
+    return sorted(name.removeprefix(router) for name in found if name.startswith(router))
 """
 
 ALL = """

@@ -94,12 +94,14 @@ def test_attach_without_prefill_leaves_nothing_of_before():
     assert gdn_metadata.of(SimpleNamespace()) is None
 
 
-def test_starts_that_fall_are_the_release_s_and_noted(monkeypatch):
-    monkeypatch.setattr(gdn_metadata, "_noted", set())
+def test_starts_that_fall_are_the_release_s_and_counted(monkeypatch):
+    counted = []
+    monkeypatch.setattr(gdn_metadata.left_to_host, "count", lambda *of: counted.append(of))
     metadata = SimpleNamespace(num_prefills=1)
     falling = torch.tensor([0, 8, 3], dtype=torch.int32)
     assert gdn_metadata.attach(metadata, Builder(), falling, CPU) is None
-    (note,) = gdn_metadata._noted
+    ((patch, note),) = counted
+    assert patch == "gdn_attn"
     assert "must begin with 0 and never fall" in note
 
 
