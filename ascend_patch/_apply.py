@@ -6,9 +6,9 @@ import contextlib
 import threading
 from collections.abc import Iterator, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ascend_patch import _bootstrap, _devices
+from ascend_patch import _bootstrap, _devices, _late
 from ascend_patch._finder import Finder, Watch
 from ascend_patch._installation import Installation
 from ascend_patch._plan import Decision
@@ -46,6 +46,8 @@ class Applier:
         self._outgrown: dict[str, list[Installation]] = {}
         # What was found wrong inside a call of its own, and is taken back after that call.
         self._condemned: dict[str, dict[str, Installation]] = {}
+        # Modules that had run before their targets were attached.
+        self._late: set[str] = set()
         # Held while targets change, and never while anything is imported: this code runs under
         # the import locks of the modules that it changes.
         self._lock = threading.RLock()
@@ -164,11 +166,38 @@ class Applier:
                 for installation in installations.values():
                     found = installation.found()
                     target = self._state.patches[name].target(installation.target.id)
-                    target.reason = found or installation.note
-                    target.state = "hidden" if installation.hidden() else "applied"
+                    target.reason = found or installation.kept or installation.note
+                    hidden = installation.hidden() or installation.kept
+                    target.state = "hidden" if hidden else "applied"
                     if found:
                         changed.append(f"{name}: {installation.target.id} is {found}")
         return changed
+
+    def find_kept(self, model: Any) -> list[str]:
+        """Look for layers of a model that were built before a target that came late.
+
+        Nothing is looked at where no target did.
+
+        Returns:
+            A sentence for each target that is not in force everywhere; the states say so too.
+        """
+        found = []
+        for name, installations in self._installed.items():
+            for installation in installations.values():
+                target = installation.target
+                if target.module not in self._late:
+                    continue
+                kept = [
+                    layer
+                    for original in installation.originals()
+                    for layer in _late.keepers(model, original)
+                ]
+                if kept:
+                    installation.kept = _late.sentence(kept, target.module, self._finder)
+                    found.append(f"{name}: {target.id} is {installation.kept}")
+        if found:
+            self.check()
+        return found
 
     def _attach(self, patch: PatchState, targets: list[Target]) -> None:
         """Prepare every target, then change them all under the lock; or change none."""
@@ -248,6 +277,7 @@ class Applier:
         return problems
 
     def _note_late(self, module: str) -> None:
+        self._late.add(module)
         for name, decision in self._decisions.items():
             band = decision.band if self._state.patches[name].state in WANTED else None
             if band and any(target.module == module for target in band.targets):

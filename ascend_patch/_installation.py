@@ -22,6 +22,8 @@ class Installation:
     """One target, changed. `revert` gives it back; `found` says what is there now."""
 
     note = ""
+    # What was built before the target was changed, and runs the original; see `_late`.
+    kept = ""
 
     def __init__(
         self, target: Target, count: Callable[[], None], verifier: PatchVerifier | None = None
@@ -65,6 +67,10 @@ class Installation:
     def found(self) -> str:
         """Empty if what was installed is what is there; otherwise what is there, as a sentence."""
         return ""
+
+    def originals(self) -> tuple[Any, ...]:
+        """The functions that ours took the place of, as an object may have kept them."""
+        return ()
 
     def hidden(self) -> bool:
         """Whether something else has taken the place of what was installed, and ours does not run.

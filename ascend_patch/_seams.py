@@ -114,6 +114,9 @@ class AttributeInstallation(Installation):
             return f"wrapped by {other}"
         return f"replaced by {other} after we had applied{HIDDEN}"
 
+    def originals(self) -> tuple[Any, ...]:
+        return (getattr(self._core, "__func__", self._core),)
+
     def hidden(self) -> bool:
         try:
             owner, _ = owner_of(self.target.place)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
 import types
 
@@ -220,3 +222,109 @@ def test_a_wrapper_that_hides_torchs_own_is_named(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
     with pytest.raises(SeamError, match=r"torch 2\.6\.0\+cpu cannot override"):
         _operator_seam._impl_that_overrides()
+
+
+# What Huawei's msserviceprofiler 1.2.3 does: its finder comes first, and asks PathFinder alone.
+AHEAD = """
+import importlib.machinery, json, sys
+import vllm
+class Profiler:
+    def find_spec(self, name, path=None, target=None):
+        if name == TARGET:
+            return importlib.machinery.PathFinder.find_spec(name, path, target)
+"""
+LATE = """
+TARGET = "vllm.ops"
+INSTALL
+import vllm.ops
+class Module:
+    def __init__(self, *layers):
+        self.layers = layers
+    def named_modules(self):
+        return [(f"layers.{n}", layer) for n, layer in enumerate(self.layers)]
+class Built(vllm.ops.Layer):
+    def __init__(self):
+        self._forward_method = self.forward
+    def __call__(self, x):
+        return self._forward_method(x)
+built = [Built(), Built()]
+from ascend_patch import _runtime
+runtime = _runtime.current()
+model = Module(*built, vllm.ops.Layer())
+runtime.model_is_loaded(model)
+after = Built()
+print(json.dumps([built[0](1), after(1), vllm.ops.Layer().forward(1)]))
+"""
+
+
+@pytest.mark.fault("late_target_reads_applied")
+@pytest.mark.parametrize("seam", ["host", "traced"])
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_target_that_came_after_layers_were_built_says_so(host, seam, ahead):
+    replacement = "outer" if seam == "host" else "method_factory"
+    host.patches(
+        f'patch("demo", target("vllm.ops:Layer.forward", "{seam}", "replacements:{replacement}"))'
+    )
+    install = "sys.meta_path.insert(0, Profiler())" if ahead else ""
+    found = host.run(AHEAD + LATE.replace("INSTALL", install))
+    (target,) = found.patch("demo")["targets"]
+    ours, original = ["ours", "forward", 1], ["forward", 1]
+    if not ahead:
+        assert found.value == [ours] * 3
+        assert (target["state"], target["reason"]) == ("applied", "")
+        return
+    assert found.value == [original, ours, ours]
+    assert target["state"] == "hidden", target
+    for part in (
+        "applied late: vllm.ops had been imported before, by a finder of __main__",
+        "layers.0._forward_method and 1 more keep the original",
+        "restart",
+    ):
+        assert part in target["reason"], target["reason"]
+    refused = host.run(
+        AHEAD + LATE.replace("INSTALL", install), fails=True, ASCEND_PATCHES_STRICT="1"
+    )
+    assert refused.code == 1
+    assert "keep the original" in refused.err
+
+
+REAL = """
+import json, sys
+import torch
+TARGET = "vllm.model_executor.layers.rotary_embedding.base"
+if sys.argv[1] == "ahead":
+    sys.meta_path.insert(0, Profiler())
+from vllm.config import VllmConfig, set_current_vllm_config
+with set_current_vllm_config(VllmConfig()):
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+    layer = RotaryEmbedding(64, 64, 32, 10000.0, True, torch.float32)
+from ascend_patch import _runtime
+runtime = _runtime.current()
+runtime.model_is_loaded(torch.nn.Sequential(layer))
+patch = next(p for p in runtime.status()["patches"] if p["id"] == "rotary")
+print("FOUND", json.dumps([t for t in patch["targets"] if "RotaryEmbedding.forward" in t["id"]]))
+"""
+
+
+@pytest.mark.fault("late_target_reads_applied")
+def test_vllms_own_rotary_layer_that_was_built_before_is_counted(tmp_path):
+    pytest.importorskip("vllm", reason="vllm is not installed")
+    script = tmp_path / "script.py"
+    script.write_text(AHEAD + REAL)
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("ASCEND", "PYTHONPATH"))}
+    environment = {
+        **kept,
+        "PYTHONPATH": str(fakehost.REPOSITORY),
+        "ASCEND_PATCHES": "rotary",
+        "ASCEND_PATCHES_SELFTEST": "0",
+        "ASCEND_PATCHES_STATUS_DIR": str(tmp_path / "status"),
+    }
+    done = subprocess.run(
+        [sys.executable, str(script), "ahead"],
+        env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    targets = json.loads(done.stdout.rpartition("FOUND ")[2])
+    late = [t for t in targets if "keep the original" in t["reason"]]
+    assert late, targets
+    assert all(t["state"] == "hidden" and "0._forward_method" in t["reason"] for t in late)
