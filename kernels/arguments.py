@@ -158,9 +158,9 @@ def check_number(
         raise ValueError(f"{name} must fit a float, not {x}.") from None
     low = (above is not None and not found > above) or (least is not None and not found >= least)
     if low or found != found:
-        bound = f" above {above}" if above is not None else ""
-        bound = f" of at least {least}" if least is not None else bound
-        raise ValueError(f"{name} must be a number{bound}, not {x}.")
+        wanted = f"at least {least}" if least is not None else "a number"
+        wanted = f"above {above}" if above is not None else wanted
+        raise ValueError(f"{name} must be {wanted}, not {x}.")
     return found
 
 
