@@ -26,6 +26,11 @@ LOG_LINES = 40
 # Kinds of _tiny_weights, by family; of GDN models the one whose sizes every release takes.
 TINY = {"qwen3": "qwen3", "qwen3-next": "qwen3-next-square"}
 STATUS_SECONDS = 120
+SOFTNPU = _env.CHECKOUT / "tests/softnpu"
+SOFTNPU_DEVICES = 8
+# Memory is the host's there: a cache for some thousands of tokens, not a share of 64 GB.
+SOFTNPU_ARGUMENTS = ("--num-gpu-blocks-override", "256", "--kv-cache-memory-bytes", "268435456",
+                     "--gpu-memory-utilization", "0.05")  # fmt: skip
 # Ours to say, whatever the caller's shell holds: the shim joins a run that it finds announced.
 NOT_INHERITED = ("ASCEND_PATCHES_RUN", "PYTHONDONTWRITEBYTECODE", "PYTHONHOME")
 
@@ -50,10 +55,30 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help=f"the release to make an environment for (CPU; otherwise {_env.DEFAULT}, or the one "
         "that is there)",
     )
+    parser.add_argument(
+        "--vllm-ascend",
+        dest="ascend",
+        metavar="RELEASE",
+        help="serve with that release of vllm-ascend on the software NPU (docs/softnpu.md), on any "
+        "x86-64 Linux; 0.18.0",
+    )
     parser.add_argument("--deadline", type=float, default=900, help="seconds to start (900)")
     args = parser.parse_args(arguments[:split])
+    if args.ascend and (args.release or args.device not in ("auto", "npu")):
+        parser.error("--vllm-ascend brings its vLLM and its device; leave --vllm and --device out")
     args.vllm = arguments[split + 1 :]
     return args
+
+
+def software_npu(release: str) -> tuple[_env.Environment, dict[str, str]]:
+    """Return where a release of vllm-ascend runs, made if need be, and its variables."""
+    sys.path.append(str(SOFTNPU))
+    import softnpu_environment
+
+    npu = softnpu_environment.Environment(release).prepare()
+    variables = npu.variables(devices=SOFTNPU_DEVICES)
+    env = _env.Environment(npu.python, npu.python, "npu", drop_in=str(_env.CHECKOUT))
+    return env, {name: variables[name] for name in variables.keys() - {"PATH", "PYTHONPATH"}}
 
 
 def tiny_model(env: _env.Environment, kind: str, dtype: str = "bfloat16") -> Path:
@@ -139,8 +164,12 @@ def print_status(env: _env.Environment, variables: dict[str, str]) -> None:
 
 
 def serve(args: argparse.Namespace) -> None:
-    env = _env.prepare(device=args.device, release=args.release)
-    arguments = list(args.vllm)
+    arguments, on_npu = list(args.vllm), {}
+    if args.ascend:
+        env, on_npu = software_npu(args.ascend)
+        arguments = [*SOFTNPU_ARGUMENTS, *arguments]
+    else:
+        env = _env.prepare(device=args.device, release=args.release)
     if args.model is None:
         model = str(tiny_model(env, TINY[args.tiny]))
         # Nothing to gain from compiling a tiny model, and a minute to lose.
@@ -149,7 +178,7 @@ def serve(args: argparse.Namespace) -> None:
         model = args.model
         if Path(model).exists():
             model = str(Path(model).absolute())
-    variables = server_variables(env)
+    variables = server_variables(env) | on_npu
     log = _env.cache_root() / "logs" / f"serve-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.log"
     progress = Progress()
     server = Server(

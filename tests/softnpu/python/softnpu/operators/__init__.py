@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from softnpu.defects import injected
 from softnpu.operators import activations, blocks, norms, quantization, sampling
 
 FAMILIES = (activations, blocks, norms, quantization, sampling)
@@ -33,6 +34,7 @@ def install(namespaces: tuple[str, ...]) -> None:
         namespace, _, rest = name.partition("::")
         if namespace not in namespaces or name in _registered or not _is_defined(name):
             continue
+        kernel = injected(name, kernel)
         library = torch.library.Library(namespace, "IMPL")
         library.impl(rest, kernel, "CPU")
         if namespace == "_C_ascend":

@@ -23,7 +23,7 @@ def top_k_top_p(logits: Tensor, p: Tensor | None = None, k: Tensor | None = None
         if one is not None:
             right = one.shape == logits.shape[:1]
             require(right, name, f"{what} {list(one.shape)} for logits {list(logits.shape)}")
-    best, index = logits.float().sort(-1, descending=True, stable=True)
+    best, index = logits.float().sort(dim=-1, descending=True, stable=True)
     if k is not None:
         rank = torch.arange(logits.shape[-1], device=logits.device)
         best = best.masked_fill(rank >= k.long()[:, None], -torch.inf)

@@ -1,0 +1,165 @@
+"""The semantics of python/softnpu/operators against numpy in float64; runs on the software NPU."""
+
+from __future__ import annotations
+
+import os
+
+import numpy
+import torch
+import torch_npu
+import vllm_ascend.vllm_ascend_C  # noqa: F401
+from softnpu_checks import check, main
+
+NPU = torch.device("npu:0")
+random = numpy.random.default_rng(int(os.environ["SEED"]))
+C = torch.ops._C_ascend
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, numpy.ndarray]:
+    """A random tensor on the npu, and what it holds, in float64."""
+    npu = torch.from_numpy(random.standard_normal(shape)).to(dtype)
+    return npu.to(NPU), wide(npu)
+
+
+def wide(tensor: torch.Tensor) -> numpy.ndarray:
+    return tensor.cpu().double().numpy()
+
+
+def near(found: torch.Tensor, right: numpy.ndarray, ulps: float = 1.0) -> None:
+    """Within so many units in the last place of bfloat16, or for float32 within 1e-5."""
+    assert found.device.type == "npu"
+    assert found.shape == right.shape, (found.shape, right.shape)
+    step = 2.0**-8 * ulps if found.dtype == torch.bfloat16 else 1e-5
+    error = numpy.abs(wide(found) - right) - step * numpy.abs(right)
+    assert error.max() <= 1e-6 + step * 1e-2, error.max()
+
+
+def sigmoid(x: numpy.ndarray) -> numpy.ndarray:
+    return 1 / (1 + numpy.exp(-x))
+
+
+def norm(x: numpy.ndarray, gamma: numpy.ndarray, epsilon: float) -> numpy.ndarray:
+    return x / numpy.sqrt((x * x).mean(-1, keepdims=True) + epsilon) * gamma
+
+
+@check
+def activations():
+    for dtype in (torch.bfloat16, torch.float32):
+        x, right = drawn(5, 3, 32, dtype=dtype)
+        gate, up = right[..., :16], right[..., 16:]
+        near(torch_npu.npu_swiglu(x), gate * sigmoid(gate) * up)
+        gate, up = drawn(4, 6, dtype=dtype), drawn(4, 6, dtype=dtype)
+        found = torch_npu.npu_swiglu(torch.cat((gate[0], up[0])), 0)
+        near(found, gate[1] * sigmoid(gate[1]) * up[1])
+        near(torch_npu.npu_silu(x), right * sigmoid(right))
+        near(torch_npu.npu_fast_gelu(x), right * sigmoid(1.702 * right), 1.5)
+
+
+@check
+def odd_sizes_and_integers_are_refused():
+    for x in (torch.ones(3, 5, device=NPU), torch.ones(2, 4, dtype=torch.int32, device=NPU)):
+        message = ""
+        try:
+            torch_npu.npu_swiglu(x)
+        except RuntimeError as error:
+            message = str(error)
+        assert message.startswith("npu_swiglu: "), message
+
+
+@check
+def product_that_accumulates():
+    (x, a), (w, b) = drawn(9, 4), drawn(9, 6)
+    total, right = drawn(4, 6, dtype=torch.float32)
+    torch_npu._npu_matmul_add_fp32(x, w, total)
+    near(total, right + a.T @ b)
+
+
+@check
+def norms_with_a_residual():
+    for beta in (False, True):
+        (x, a), (y, b) = drawn(7, 64), drawn(7, 64)
+        (gamma, g), (shift, s) = drawn(64), drawn(64)
+        out, rstd, total = C.npu_add_rms_norm_bias(x, y, gamma, shift if beta else None, 1e-5)
+        near(total, a + b)
+        kept = wide(total)
+        near(rstd, 1 / numpy.sqrt((kept * kept).mean(-1, keepdims=True) + 1e-5))
+        near(out, norm(kept, g, 1e-5) + (s if beta else 0), 1.5)
+    (x, a), (gamma, g) = drawn(7, 64), drawn(64)
+    near(C.npu_gemma_rms_norm(x, gamma, 1e-6)[0], norm(a, 1 + g, 1e-6), 1.5)
+
+
+@check
+def quantization():
+    x, right = drawn(11, 48)
+    found, scale = torch_npu.npu_dynamic_quant(x)
+    near(scale, numpy.abs(right).max(-1) / 127)
+    assert found.dtype == torch.int8
+    assert numpy.abs(wide(found) - right / wide(scale)[:, None]).max() <= 0.5 + 1e-3
+    smooth, s = drawn(48)
+    found, scale = torch_npu.npu_dynamic_quant(x, smooth_scales=smooth)
+    assert numpy.abs(wide(found) - right * s / wide(scale)[:, None]).max() <= 0.5 + 1e-3
+    by = torch.tensor([0.05], device=NPU)
+    point = torch.tensor([3.0], device=NPU)
+    found = torch_npu.npu_quantize(x, by, point, torch.qint8, -1, True)
+    right_ = numpy.clip(right / 0.05 + 3, -128, 127)
+    assert numpy.abs(wide(found) - right_).max() <= 0.5 + 1e-3
+    found = torch_npu.npu_quantize(x, 1 / by, None, torch.qint8, -1, False)
+    assert numpy.abs(wide(found) - numpy.clip(right / 0.05, -128, 127)).max() <= 0.5 + 1e-3
+
+
+@check
+def norms_that_quantize():
+    (x, a), (y, b), (gamma, g) = drawn(5, 32), drawn(5, 32), drawn(32)
+    by = torch.tensor([0.02], device=NPU)
+    first, _, total = torch_npu.npu_add_rms_norm_quant(x, y, gamma, by, None, epsilon=1e-6)
+    near(total, a + b)
+    right = norm(wide(total), g, 1e-6)
+    # The norm is rounded to bfloat16 before it is divided.
+    slack = 0.5 + numpy.abs(right / 0.02) * 2.0**-8 + 1e-3
+    assert (numpy.abs(wide(first) - numpy.clip(right / 0.02, -128, 127)) <= slack).all()
+    first, _, total, scale, _ = torch_npu.npu_add_rms_norm_dynamic_quant(x, y, gamma)
+    right = norm(wide(total), g, 1e-6)
+    assert numpy.abs(wide(first) * wide(scale)[:, None] - right).max() <= 2 * wide(scale).max()
+
+
+@check
+def top_k_and_top_p():
+    x, right = drawn(6, 40, dtype=torch.float32)
+    k = torch.tensor([1, 3, 40, 5, 7, 2], dtype=torch.int32)
+    p = torch.tensor([1.0, 0.9, 0.5, 0.3, 0.99, 0.01])
+    for call in (torch_npu.npu_top_k_top_p, C.npu_apply_top_k_top_p):
+        found = wide(call(x, p=p.to(NPU), k=k.to(NPU)))
+        for row, out, most, share in zip(right, found, k.tolist(), p.tolist(), strict=True):
+            best = numpy.argsort(-row)[:most]
+            odds = numpy.exp(row[best] - row[best].max())
+            odds /= odds.sum()
+            count = 1
+            while count < most and odds[:count].sum() < share - 1e-6:
+                count += 1
+            wanted = numpy.full_like(row, -numpy.inf)
+            wanted[best[:count]] = row[best[:count]]
+            assert numpy.array_equal(out, wanted), (most, share)
+
+
+@check
+def vocabulary_of_a_rank():
+    # This rank has original ids 100 to 179, 20 rows of padding, and added ids 1000 to 1009.
+    ids = torch.tensor([99, 100, 150, 179, 180, 999, 1000, 1009, 1010])
+    rows, masked = C.get_masked_input_and_mask(ids.to(NPU), 100, 180, 20, 1000, 1010)
+    assert masked.tolist() == [True, False, False, False, True, True, False, False, True]
+    assert rows.tolist() == [0, 0, 50, 79, 0, 0, 100, 109, 0]
+
+
+@check
+def blocks_and_batched_products():
+    (x, a), (y, b) = drawn(6, 4, 8), drawn(6, 4, 8)
+    C.swap_blocks(x, y, torch.tensor([[0, 5], [3, 1]]))
+    b[5], b[1] = a[0], a[3]
+    near(y, b)
+    (x, a), (w, b), (out, _) = drawn(5, 3, 8), drawn(3, 8, 6), drawn(5, 3, 6)
+    C.batch_matmul_transpose(x, w, out)
+    near(out, numpy.einsum("mbk,bkn->mbn", a, b))
+
+
+if __name__ == "__main__":
+    main()
