@@ -14,11 +14,15 @@ import torch
 
 from ascend_patch.impl import kv_ascend_checks as checks
 from ascend_patch.impl import kv_ascend_failures as failures
+from ascend_patch.impl import kv_ascend_held as held
 from ascend_patch.impl import kv_ascend_kept as kept
+from ascend_patch.impl import kv_ascend_listener as listeners
 from ascend_patch.impl import kv_ascend_peers as peers
+from ascend_patch.impl import kv_ascend_said as said
 from ascend_patch.impl import kv_ascend_sizes as sizes
 from ascend_patch.impl import kv_ascend_split as split
 from ascend_patch.impl import kv_ascend_start as starts
+from ascend_patch.impl import kv_ascend_watch as watches
 from ascend_patch.impl import kv_settings
 from ascend_patch.impl.kv_ascend_split import ENGINE_FAILED
 from ascend_patch.impl.kv_vllm_wire import log
@@ -28,7 +32,10 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 DEFAULT_TIMEOUT_S = 60.0
-SETTINGS = "ascend_patch_settings"
+SETTINGS = starts.SETTINGS
+WATCH = "ascend_patch_watch"
+# Failures of which nothing is on its way: no read was begun, or it had ended.
+NOTHING_READ = (ValueError, LookupError, TimeoutError)
 RANGES = 1024
 
 
@@ -40,16 +47,77 @@ def transfer_kv_cache(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwarg
 def _transfer(wrapped: Wrapped, thread: Any, req_meta: dict[str, Any]) -> None:
     request = req_meta["request_id"]
     state = failures.of(thread)
-    peers.silence(thread).engine = req_meta["remote_engine_id"]
+    peers.asking(thread, req_meta)
     pulls = thread.__dict__[split.NAME].pulls if split.NAME in thread.__dict__ else {}
     planned = pulls.pop((request, req_meta["remote_handshake_port"]), None)
     if state.failed(request):
         return  # it is computed again, or fails: what follows here tells prefill that it is done
     try:
         _attempts(wrapped, thread, req_meta, planned)
-    except Exception:
-        state.add(request, req_meta["local_block_ids"])
+    except Exception as error:
+        note_failed(thread, req_meta, req_meta["local_block_ids"], error)
         raise
+
+
+def note_failed(
+    thread: Any,
+    req_meta: dict[str, Any],
+    blocks: Any,
+    error: Exception,
+    settle_s: float = failures.SETTLE_S,
+) -> None:
+    """A pull has failed; a read that the engine gave up may write to its blocks all the same.
+
+    Args:
+        blocks: Their ids.
+        settle_s: For how long after another failure.
+    """
+    writer = None
+    if ENGINE_FAILED in str(error):
+        writer = req_meta["remote_host"], req_meta["remote_handshake_port"]
+        settle_s = failures.SETTLE_S
+    elif isinstance(error, NOTHING_READ):
+        settle_s = 0.0
+    request = req_meta["request_id"]
+    failures.of(thread).add(request, blocks, settle_s=settle_s, writer=writer)
+    if writer is not None:
+        watch(thread).add(writer)
+
+
+def watch(thread: Any) -> watches.Watch:
+    """Of a receiving thread: what asks prefill ranks whose reads were given up."""
+    found: watches.Watch | None = thread.__dict__.get(WATCH)
+    if found is None:
+        asks = watches.asker(type(thread).__module__)
+        found = watches.Watch(asks, lambda rank: _ended(thread, rank), lambda: _tell(thread))
+        thread.__dict__[WATCH] = found
+    return found
+
+
+def _ended(thread: Any, rank: watches.Peer) -> None:
+    failures.of(thread).wrote(rank)
+    split.wrote(thread, rank, failures.SETTLE_S)
+
+
+def _tell(thread: Any) -> None:
+    """The status of this process says how many blocks are kept."""
+    from ascend_patch import _runtime
+
+    found = failures.of(thread).snapshot(starts.most_kept(thread))
+    state = _runtime.current().state
+    before = state.facts.get(failures.FACT)
+    if (before or {"requests": 0})["requests"] == found["requests"]:
+        return
+    if found["requests"]:
+        log.warning(
+            "%d blocks of %d requests are kept: their prefill ranks stopped in the middle of a "
+            "read and may go on with it; above %d nothing more is pulled",
+            found["blocks"],
+            found["requests"],
+            found["limit"],
+        )
+    state.facts[failures.FACT] = found
+    state.write()
 
 
 def _attempts(wrapped: Wrapped, thread: Any, req_meta: dict[str, Any], planned: Any) -> None:
@@ -58,18 +126,15 @@ def _attempts(wrapped: Wrapped, thread: Any, req_meta: dict[str, Any], planned: 
     while True:
         try:
             _set_device(thread)
-            if req_meta["local_block_ids"]:
-                kept.check(thread, req_meta["request_id"])
-            if planned is None:
-                wrapped(req_meta)
-            else:
-                split.read(thread, req_meta, *planned)
-            if req_meta["local_block_ids"]:
-                kept.check(thread, req_meta["request_id"])
+            _read(wrapped, thread, req_meta, planned)
             return
         except Exception as error:
+            given_up = ENGINE_FAILED in str(error)
+            if given_up and planned is not None:
+                split.give_up(thread, req_meta)
             _forget(thread, req_meta)
-            again = ENGINE_FAILED in str(error) and left > 0 and time.monotonic() < deadline
+            again = given_up and left > 0 and time.monotonic() < deadline
+            again = again and _can_read_again(thread, req_meta)
             blocks = len(req_meta["local_block_ids"])
             log.error(
                 "kv pull of request %s by decode rank %d of TP %d, pull %d, from %s at %s:%d: "
@@ -89,6 +154,37 @@ def _attempts(wrapped: Wrapped, thread: Any, req_meta: dict[str, Any], planned: 
             left -= 1
 
 
+def _read(wrapped: Wrapped, thread: Any, req_meta: dict[str, Any], planned: Any) -> None:
+    """One attempt; what it read was the request's from its beginning to its end."""
+    wanted = bool(req_meta["local_block_ids"])
+    if wanted:
+        kept.check(thread, req_meta["request_id"])
+        peers.ready(thread, req_meta, planned=planned is not None)
+    if planned is None:
+        wrapped(req_meta)
+    else:
+        split.read(thread, req_meta, *planned)
+    if wanted:
+        kept.check(thread, req_meta["request_id"])
+        peers.check_held(thread, req_meta)
+
+
+def _can_read_again(thread: Any, req_meta: dict[str, Any]) -> bool:
+    """Whether a read that was given up can write no more: beside it no other may begin.
+
+    What it writes late would be laid over what was computed from the blocks by then.
+    """
+    rank = req_meta["remote_host"], req_meta["remote_handshake_port"]
+    try:
+        thread._get_remote_metadata(*rank)
+    except Exception as error:
+        log.warning("it is not pulled again: its prefill rank does not say what it is: %s", error)
+        return False
+    time.sleep(failures.SETTLE_S)
+    split.wrote(thread, rank, 0.0)
+    return True
+
+
 def _set_device(thread: Any) -> None:
     """The NPU of the caches is this thread's: what is laid out anew is waited for there."""
     device = next(iter(thread.kv_caches.values()))[0].device
@@ -98,9 +194,7 @@ def _set_device(thread: Any) -> None:
 
 def _forget(thread: Any, req_meta: dict[str, Any]) -> None:
     """What is known of a prefill rank: it may be another process by now."""
-    engine, port = req_meta["remote_engine_id"], req_meta["remote_handshake_port"]
-    for known in (thread.kv_caches_base_addr, thread.remote_te_port):
-        known[engine].pop(port, None)
+    peers.forget(thread, req_meta["remote_engine_id"], req_meta["remote_handshake_port"])
 
 
 def finished_recving(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> set[str]:
@@ -120,6 +214,7 @@ def register_kv_caches(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwar
     worker = instance
     settings = kv_settings.read(worker.vllm_config, worker.engine_id, DEFAULT_TIMEOUT_S)
     wrapped(*args, **kwargs)
+    listeners.check_started(worker.kv_send_thread)
     side = None
     if not getattr(worker, "_is_hma_required", False):
         side = checks.side_of(worker.vllm_config, worker.kv_caches, tp=worker.tp_size, pp=1)
@@ -135,20 +230,17 @@ def register_kv_caches(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwar
 def _listen(worker: Any, thread: Any, side: Any, settings: kv_settings.Settings) -> None:
     prepare(thread, settings)
     setattr(worker, starts.SIDE, side)
-    if side is None:
-        return
-    if split.counts_alike(thread, side):
+    if side is not None and split.counts_alike(thread, side):
         setattr(thread, split.NAME, split.Splits(side, worker.tp_rank))
     # From 0.18 a request brings its prefill server's size.
     assumed = None if starts.takes_size(worker) else worker._prefill_tp_size
-    thread.decoder = peers.Decoder(
-        type(thread), side, assumed_tp=assumed, assumed_pp=worker._prefill_pp_size
-    )
+    said.listen(thread, side, assumed_tp=assumed, assumed_pp=worker._prefill_pp_size)
 
 
 def prepare(thread: Any, settings: kv_settings.Settings) -> None:
     """A receiving thread, before the first request."""
     failures.of(thread)
+    watch(thread)
     setattr(thread, SETTINGS, settings)
     if next(iter(thread.kv_caches.values()))[0].device.type != "npu":
         thread.engine = InBatches(thread.engine)
@@ -188,7 +280,9 @@ def start_load_kv(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -
 def _start(wrapped: Wrapped, worker: Any, metadata: Any) -> None:
     if worker.kv_recv_thread is not None:
         starts.start(worker, metadata)
+        starts.each(wrapped, metadata, lambda *one: starts.decline_begun(worker, *one))
     wrapped(metadata)
+    held.announced(worker, metadata)
 
 
 def load_errors(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> set[int]:

@@ -12,10 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 from ascend_patch.impl import kv_ascend, kv_settings
+from ascend_patch.impl import kv_ascend_admit as admit
 from ascend_patch.impl import kv_ascend_checks as checks
 from ascend_patch.impl import kv_ascend_failures as failures
+from ascend_patch.impl import kv_ascend_held as held
 from ascend_patch.impl import kv_ascend_kept as kept
+from ascend_patch.impl import kv_ascend_listener as listeners
 from ascend_patch.impl import kv_ascend_peers as peers
+from ascend_patch.impl import kv_ascend_said as said
 from ascend_patch.impl import kv_ascend_start as starts
 from ascend_patch.impl.kv_vllm_wire import log
 
@@ -39,6 +43,12 @@ def _marked(requests: Any, failed: set[str]) -> Finished:
     found = Finished(requests or ())
     found.failed = frozenset(failed)
     return found
+
+
+def sending_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
+    """KVCacheSendingThread.__init__: a prefill rank says that it can be asked."""
+    wrapped(*args, **kwargs)
+    said.tell(instance, None)
 
 
 def send_done_recv_signal(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
@@ -110,8 +120,13 @@ def update_from_kv_xfer_finished(
 
 
 def _note(scheduler: Any, kv_connector_output: Any) -> None:
-    failed = getattr(kv_connector_output.finished_recving, "failed", ())
-    scheduler.__dict__.setdefault(FAILED, set()).update(failed)
+    received = kv_connector_output.finished_recving
+    failed = set(getattr(received, "failed", ()))
+    # Of requests that were aborted meanwhile the blocks are free now.
+    gone = admit.ended(scheduler, received)
+    if gone:
+        kv_connector_output.finished_recving = _marked(received - gone, failed - gone)
+    scheduler.__dict__.setdefault(FAILED, set()).update(failed - gone)
 
 
 def update_waiting_for_remote_kv(
@@ -146,11 +161,13 @@ def register_kv_caches(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwar
         instance.vllm_config, instance.engine_id, kv_ascend.DEFAULT_TIMEOUT_S
     )
     wrapped(*args, **kwargs)
+    listeners.check_started(instance.kv_send_thread)
     thread = instance.kv_recv_thread
     if thread is not None:
         side = checks.side_of(instance.vllm_config, instance.kv_caches, tp=instance.tp_size, pp=1)
         setattr(instance, starts.SIDE, side)
         kv_ascend.prepare(thread, settings)
+        said.listen(thread, None)
 
 
 def start_load_kv(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
@@ -162,12 +179,29 @@ def _start(wrapped: Wrapped, worker: Any, metadata: Any) -> None:
     thread = worker.kv_recv_thread
     if thread is not None:
         kept.note(thread, metadata.requests)
+        full = starts.too_many_kept(thread)
         for request, meta in list(metadata.requests.items()):
             refused = _refused(worker, request)
+            if full is not None and meta.local_block_ids:
+                refused = full, _ranks(worker, request)
             if refused is not None:
                 del metadata.requests[request]
                 _decline(thread, request, meta, *refused)
+        starts.each(wrapped, metadata, lambda *one: _decline_begun(thread, *one))
     wrapped(metadata)
+    held.announced(worker, metadata)
+
+
+def _decline_begun(thread: Any, request: str, meta: Any, error: Exception) -> None:
+    reason = f"the release cannot start it: {type(error).__name__}: {error}"
+    _decline(thread, request, meta, reason, [0])
+
+
+def _ranks(worker: Any, request: str) -> list[int]:
+    try:
+        return [int(rank) for rank in worker._get_remote_tp_ranks_for_req(request)[worker.tp_rank]]
+    except (ValueError, IndexError, ZeroDivisionError):
+        return []
 
 
 def _refused(worker: Any, request: str) -> tuple[str, list[int]] | None:

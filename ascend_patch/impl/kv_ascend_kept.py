@@ -12,6 +12,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ascend_patch.impl import kv_ascend_admit as admit
+from ascend_patch.impl import kv_ascend_held as held
+from ascend_patch.impl import kv_ascend_limits as limits
+
 Wrapped = Callable[..., Any]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -32,26 +36,56 @@ def keeps_s(scheduler: Any) -> float:
 
 
 def request_finished(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
-    """MooncakeConnectorScheduler.request_finished: decode is told how long the blocks are kept."""
-    kept, parameters = wrapped(*args, **kwargs)
+    """MooncakeConnectorScheduler.request_finished: which blocks are kept, and for how long.
+
+    Decode is told how long prefill keeps the blocks, and which attempt they are of. The blocks of
+    an aborted request are kept while a rank may write to them (0.11 and 0.13, which free them).
+    """
+    return _finished(wrapped, instance, *args, **kwargs)
+
+
+def _finished(wrapped: Wrapped, scheduler: Any, request: Any, *blocks: Any, **named: Any) -> Any:
+    if admit.pulls(scheduler, request.request_id):
+        return True, None
+    if not admit.takes_decode(scheduler):
+        return False, None
+    kept, parameters = wrapped(request, *blocks, **named)
     if kept and parameters is not None:
-        parameters[KEEPS] = keeps_s(instance)
+        parameters[KEEPS] = keeps_s(scheduler)
+        parameters[held.ATTEMPT] = held.draw(scheduler, request.request_id)
     return kept, parameters
 
 
 def build_connector_meta(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
     """MooncakeConnectorScheduler.build_connector_meta: the workers are told until when."""
     own, waiting = keeps_s(instance), instance._reqs_need_recv.items()
-    until = {name: _until(request, own) for name, (request, *_) in waiting}
+    told = {name: (_until(request, own), _attempt(request)) for name, (request, *_) in waiting}
     found = wrapped(*args, **kwargs)
     for name, meta in found.requests.items():
-        setattr(meta, UNTIL, until[name])
+        until, attempt = told[name]
+        setattr(meta, UNTIL, until)
+        setattr(meta, held.ATTEMPT, attempt)
+    held.tell(instance, found)
+    if frees_at_once(instance):
+        admit.began(instance, [name for name, m in found.requests.items() if m.local_block_ids])
     return found
+
+
+def frees_at_once(scheduler: Any) -> bool:
+    """Whether this vLLM gives the blocks of an aborted request away while it is pulled."""
+    return ".kv_p2p." not in type(scheduler).__module__
+
+
+def _attempt(request: Any) -> str:
+    return held.of_request(request.kv_transfer_params)
 
 
 def _until(request: Any, own: float) -> float:
     said = (request.kv_transfer_params or {}).get(KEEPS)
-    kept = float(said) if isinstance(said, int | float) and said > 0 else own
+    try:
+        kept = own if said is None else limits.keeps(said)
+    except limits.LimitError:
+        kept = own
     return float(request.arrival_time) + SHARE * kept
 
 
@@ -59,6 +93,7 @@ def note(thread: Any, requests: dict[str, Any]) -> None:
     """New requests of a receiving thread."""
     kept = thread.__dict__.setdefault(NAME, {})
     for name, meta in requests.items():
+        held.note(thread, name, meta)
         if hasattr(meta, UNTIL):
             kept[name] = getattr(meta, UNTIL)
 

@@ -1,18 +1,20 @@
-"""vllm-ascend's MooncakeConnectorV1: what its ranks say, and how they wait for it."""
+"""vllm-ascend's MooncakeConnectorV1: how its ranks reach one another, and wait for an answer."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ascend_patch.impl import kv_ascend_checks as checks
+from ascend_patch.impl import kv_ascend_held as held
+from ascend_patch.impl import kv_ascend_limits as limits
+from ascend_patch.impl import kv_ascend_said as said
 from ascend_patch.impl import kv_handshake
-from ascend_patch.kernels.kv_layout import Side
 
 Wrapped = Callable[..., Any]
 Args = tuple[Any, ...]
@@ -21,8 +23,9 @@ Kwargs = dict[str, Any]
 SILENCE = "ascend_patch_silence"
 LEAST_S, MOST_S = 5.0, 60.0
 LATER_MS = 60_000
-# Beside the fields of kv_handshake: decode.tp_size of a prefill server's own configuration.
-SAID_DECODE_TP = "decode_tp"
+MAX_ENGINES = 1024
+CACHES = ("kv_caches_base_addr", "remote_te_port")
+LINGER_MS = 1000
 
 
 @dataclass
@@ -51,6 +54,8 @@ class Silence:
         """Who was asked did not answer."""
         if self.asked is not None:
             wait = min(MOST_S, max(LEAST_S, 2 * self.until.get(self.asked, (0.0, 0.0))[1]))
+            while len(self.until) >= said.MAX_KNOWN:
+                del self.until[next(iter(self.until))]
             self.until[self.asked] = time.monotonic() + wait, wait
 
     def answered(self) -> None:
@@ -107,12 +112,16 @@ def done(
     host = importlib.import_module(type(thread).__module__)
     found.context = found.context or zmq.Context()
     socket = found.context.socket(zmq.REQ)
-    # A rank that was only stopped for a while hears of it, and frees the blocks.
-    socket.setsockopt(zmq.LINGER, LATER_MS)
-    socket.connect(host.make_zmq_path("tcp", remote_host, remote_handshake_port))
-    message = (host.DONE_RECVING_MSG, request_id, *remote_port_send_num)
-    socket.send(thread.encoder.encode(message))
-    socket.close()
+    try:
+        # A rank that was only stopped for a while hears of it, and frees the blocks.
+        socket.setsockopt(zmq.LINGER, LATER_MS)
+        path = host.make_zmq_path("tcp", remote_host, remote_handshake_port)
+        socket.setsockopt(zmq.IPV6, int("[" in path))
+        socket.connect(path)
+        message = (host.DONE_RECVING_MSG, request_id, *remote_port_send_num)
+        socket.send(thread.encoder.encode(message), flags=zmq.NOBLOCK)
+    finally:
+        socket.close()
 
 
 def close(thread: Any, remote_host: str, remote_handshake_port: int) -> None:
@@ -151,67 +160,142 @@ class _Own:
         return [(self._socket, events)] if events else []
 
 
-def sending_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
-    """KVCacheSendingThread.__init__: a prefill rank says what it is, to whom it may concern."""
-    wrapped(*args, **kwargs)
-    _tell(instance, *args, **kwargs)
+def asking(thread: Any, req_meta: dict[str, Any]) -> None:
+    """Whom a receiving thread asks next, and for which engine."""
+    engine, port = req_meta["remote_engine_id"], req_meta["remote_handshake_port"]
+    silence(thread).engine = engine
+    decoder = thread.__dict__.get("decoder")
+    if isinstance(decoder, said.Decoder):
+        decoder.asked.rank = engine, req_meta["remote_host"], port
+    bound(thread)
 
 
-def _tell(thread: Any, vllm_config: Any, *_: Any, **__: Any) -> None:
-    parallel = vllm_config.parallel_config
-    tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-    side = checks.side_of(vllm_config, thread.kv_caches, tp=tp, pp=pp)
-    if side is None:
-        return
-    known = {name: getattr(thread.metadata, name) for name in thread.metadata.__struct_fields__}
-    said = kv_handshake.say(side, str(vllm_config.model_config.model))
-    decode = vllm_config.kv_transfer_config.get_from_extra_config("decode", {})
-    said[SAID_DECODE_TP] = decode.get("tp_size")
-    thread.metadata = _with_field(type(thread.metadata))(**known, **{kv_handshake.FIELD: said})
+def bound(thread: Any) -> None:
+    """Of engines that requests name a receiving thread remembers so many, and itself.
 
-
-def _with_field(kind: Any) -> Any:
-    """MooncakeAgentMetadata with our field, which an unpatched peer does not read."""
-    import msgspec
-
-    field = (kv_handshake.FIELD, dict[str, Any] | None, None)
-    return msgspec.defstruct("Told", [field], bases=(kind,), omit_defaults=True)
-
-
-class Decoder:
-    """The decoder of a prefill rank's metadata, which refuses one that does not fit.
-
-    Attributes:
-        told: What prefill servers with the shim said, by engine: their side, and decode.tp_size of
-            their configuration.
+    The release forgets the oldest of 16000, which is its own: after so many names in requests it
+    can pull nothing any more.
     """
+    for name in CACHES:
+        known = thread.__dict__.get(name, {})
+        while len(known) > MAX_ENGINES:
+            own = getattr(thread, "local_engine_id", None)
+            del known[next(engine for engine in known if engine != own)]
 
-    def __init__(
-        self,
-        thread_class: type,
-        side: Side,
-        *,
-        assumed_tp: int | None,
-        assumed_pp: int,
-        any_blocks: bool = False,
-    ) -> None:
-        import msgspec
 
-        host = importlib.import_module(thread_class.__module__)
-        self._decoder = msgspec.msgpack.Decoder(_with_field(host.MooncakeAgentMetadata))
-        self._side, self._assumed = side, (assumed_tp, assumed_pp)
-        self._any_blocks = any_blocks
-        self.told: dict[str, tuple[Side, int | None]] = {}
+def forget(thread: Any, engine: str, port: int) -> None:
+    """What is known of a prefill rank."""
+    for name in CACHES:
+        known = getattr(thread, name)
+        if engine in known:
+            known[engine].pop(port, None)
 
-    def decode(self, data: bytes) -> Any:
-        found = self._decoder.decode(data)
-        told = getattr(found, kv_handshake.FIELD)
-        self.told.pop(found.engine_id, None)
-        if told is not None:
-            peer = kv_handshake.hear(told).side
-            reason = checks.heard(peer, self._side, *self._assumed, any_blocks=self._any_blocks)
-            if reason is not None:
-                raise kv_handshake.HandshakeError(reason)
-            said = told.get(SAID_DECODE_TP)
-            self.told[found.engine_id] = peer, said if isinstance(said, int) else None
+
+def ready(thread: Any, req_meta: dict[str, Any], *, planned: bool) -> None:
+    """Whether a prefill rank is known, is the one that the request names, and has its blocks.
+
+    Args:
+        planned: The pull is by a plan, which says what is read.
+
+    Raises:
+        HandshakeError: It is another server.
+        LimitError: The request names blocks that it has not, or it holds other layers.
+    """
+    decoder = thread.__dict__.get("decoder")
+    if not isinstance(decoder, said.Decoder):
+        return
+    own, theirs = (list(flat(req_meta[f"{one}_block_ids"])) for one in ("local", "remote"))
+    if len(own) > len(theirs):
+        raise limits.LimitError(
+            f"{len(own)} blocks are wanted, and the request names {len(theirs)} of prefill"
+        )
+    engine, port = req_meta["remote_engine_id"], req_meta["remote_handshake_port"]
+    host = req_meta["remote_host"]
+    known = decoder.known.get((engine, port))
+    cached = port in thread.kv_caches_base_addr.get(engine, ())
+    # Another request may have named another machine for the same engine.
+    if known is None or known.host != host or not cached:
+        forget(thread, engine, port)
+        thread._get_remote_metadata(host, port)
+        known = decoder.known.get((engine, port))
+    if known is None:
+        raise kv_handshake.HandshakeError(f"the server at {host}:{port} is not {engine}")
+    limits.reads(known, theirs, engine)
+    needed = None if planned else _regions(thread, req_meta)
+    if needed is not None and known.regions[0] < needed:
+        raise limits.LimitError(
+            f"the prefill rank at {host}:{port} has {known.regions[0]} caches where {needed} are "
+            "read: the two servers do not hold the same layers"
+        )
+
+
+def _regions(thread: Any, req_meta: dict[str, Any]) -> int | None:
+    """How many caches of a prefill rank a pull reads; None where the release says it itself.
+
+    A draft model's are not counted: prefill may have none.
+    """
+    layers = getattr(thread, "pp_layer_indices", None)
+    each = len(next(iter(thread.kv_caches.values())))
+    if layers is None:
+        return each * len(thread.kv_caches)
+    if "tp_num_need_pulls" not in req_meta:
+        return None
+    first, end = layers[req_meta["offset"] // req_meta["tp_num_need_pulls"]]
+    return int(max(0, min(end, len(thread.kv_caches)) - first) * each)
+
+
+def flat(blocks: Iterable[Any]) -> Iterable[int]:
+    """Ids of blocks, where there may be a list for each kind of cache."""
+    for one in blocks:
+        if isinstance(one, list | tuple):
+            yield from one
+        else:
+            yield one
+
+
+def check_held(thread: Any, req_meta: dict[str, Any]) -> None:
+    """Whether what was read was the request's to the end; a rank without the shim cannot say.
+
+    Raises:
+        LookupError: It may have been another's.
+    """
+    decoder = thread.__dict__.get("decoder")
+    rank = req_meta["remote_engine_id"], req_meta["remote_handshake_port"]
+    known = decoder.known.get(rank) if isinstance(decoder, said.Decoder) else None
+    if known is not None and known.answers:
+        request = req_meta.get("remote_request_id", req_meta["request_id"])
+        held.check(thread, request, known.host, rank[1])
+
+
+def get_remote_socket(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
+    """KVCacheRecvingThread._get_remote_socket: one that takes no answer of any size, and ends.
+
+    Its context ends with it, and waits for what was not sent: to a prefill rank that is gone for
+    ever, and its request with it.
+    """
+    return _socket(wrapped, instance, *args, **kwargs)
+
+
+def _socket(wrapped: Wrapped, thread: Any, remote_host: str, remote_handshake_port: int) -> Any:
+    import zmq
+
+    found = wrapped(remote_host, remote_handshake_port)
+    if found.getsockopt(zmq.MAXMSGSIZE) == limits.MAX_METADATA:
         return found
+    host = importlib.import_module(type(thread).__module__)
+    path = host.make_zmq_path("tcp", remote_host, remote_handshake_port)
+    found.setsockopt(zmq.LINGER, LINGER_MS)
+    found.setsockopt(zmq.MAXMSGSIZE, limits.MAX_METADATA)
+    # What is set holds for connections that are made later.
+    found.disconnect(path)
+    found.connect(path)
+    poller = getattr(thread, "remote_poller", None)
+    if poller is not None:
+        # Each one is waited for by itself, and the release's keeps those that are closed.
+        with contextlib.suppress(KeyError):
+            poller.unregister(found)
+    with thread.remote_sockets_lock:
+        while len(thread.remote_sockets) > MAX_ENGINES:
+            for idle in thread.remote_sockets.pop(next(iter(thread.remote_sockets))):
+                idle.close(linger=0)
+    return found

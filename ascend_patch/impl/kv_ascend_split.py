@@ -7,6 +7,8 @@ counts its readers, as the release has it for context parallel, and frees the bl
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascend_patch.impl import kv_handshake
+from ascend_patch.impl import kv_handshake, kv_limits
 from ascend_patch.kernels.kv_layout import (
     PULL,
     LayerGroup,
@@ -33,10 +35,26 @@ from ascend_patch.kernels.kv_layout import (
 NAME = "ascend_patch_split"
 # Of the buffer. A block of a layer is some 100 KiB, and a range costs as much as some of them.
 BUFFER_BYTES = 16 << 20
+MOST_GIVEN_UP = 8
 # As the releases align caches that their transfer engine registers.
 ALIGNMENT = 2 << 20
 # The engine's answer is raised before anything is laid out anew, so that pulling again is safe.
 ENGINE_FAILED = "Mooncake transfer failed"
+
+
+@dataclass
+class GivenUp:
+    """A buffer to which a read that the engine gave up may write.
+
+    Attributes:
+        rank: The prefill rank that is read from: host, port.
+        buffer: It stays registered.
+        free_at: From when on it may be used, by time.monotonic.
+    """
+
+    rank: tuple[str, int]
+    buffer: Tensor
+    free_at: float = math.inf
 
 
 @dataclass
@@ -48,12 +66,14 @@ class Splits:
         rank: The decode rank.
         pulls: The plan and the prefill rank of each pull, by request and port.
         buffers: The last one is used; the others, if any, were too small, and stay registered.
+        given_up: Buffers to which a read that the engine gave up may write still.
     """
 
     side: Side
     rank: int
     pulls: dict[tuple[str, int], tuple[Plan, int]] = field(default_factory=dict)
     buffers: list[Tensor] = field(default_factory=list)
+    given_up: list[GivenUp] = field(default_factory=list)
 
 
 def planned(prefill: Side, decode: Side, turn: int) -> Plan | Refusal:
@@ -110,7 +130,7 @@ def read(thread: Any, req_meta: dict[str, Any], plan: Plan, prefill_rank: int) -
     pairs = match_blocks(plan.topology, remote[-len(local) :], local)
     theirs = bases[: len(plan.topology.prefill.regions(prefill_rank))]
     ours = [cache.data_ptr() for cache in caches][: len(plan.topology.decode.regions(state.rank))]
-    session = f"{req_meta['remote_host']}:{thread.remote_te_port[engine][port]}"
+    session = kv_limits.session(req_meta["remote_host"], thread.remote_te_port[engine][port])
 
     def fetch(batches: Iterator[tuple[list[int], list[int], list[int]]]) -> None:
         for batch in batches:
@@ -198,8 +218,37 @@ def _drafted(side: Side) -> Side:
     return replace(side, groups=(group, draft))
 
 
+def give_up(thread: Any, req_meta: dict[str, Any]) -> None:
+    """A read into the buffer was given up: nothing else may be read there while it may write."""
+    state: Splits = getattr(thread, NAME)
+    if state.buffers:
+        rank = req_meta["remote_host"], req_meta["remote_handshake_port"]
+        state.given_up.append(GivenUp(rank, state.buffers.pop()))
+
+
+def wrote(thread: Any, rank: tuple[str, int], settle_s: float) -> None:
+    """Reads from a prefill rank that were given up write no more after so many seconds."""
+    state: Splits | None = thread.__dict__.get(NAME)
+    for one in state.given_up if state is not None else ():
+        if one.rank == rank:
+            one.free_at = min(one.free_at, time.monotonic() + settle_s)
+
+
 def _buffer(state: Splits, engine: Any, device: torch.device, least: int) -> Tensor:
-    """The thread's buffer, made and registered when it is first needed."""
+    """The thread's buffer, made and registered when it is first needed.
+
+    Raises:
+        RuntimeError: The engine does not register one, or too many may be written to still.
+    """
+    now = time.monotonic()
+    state.buffers += [one.buffer for one in state.given_up if one.free_at <= now]
+    state.buffers.sort(key=torch.Tensor.numel)
+    state.given_up = [one for one in state.given_up if one.free_at > now]
+    if len(state.given_up) >= MOST_GIVEN_UP:
+        raise RuntimeError(
+            f"{len(state.given_up)} buffers are kept for prefill ranks that stopped in the middle "
+            "of a read and may go on with it; start those ranks again, or this server"
+        )
     if not state.buffers or state.buffers[-1].numel() < least:
         size = max(BUFFER_BYTES, -(-least // ALIGNMENT) * ALIGNMENT)
         whole = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=device)

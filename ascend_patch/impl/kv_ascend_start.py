@@ -11,10 +11,13 @@ from ascend_patch.impl import kv_ascend_failures as failures
 from ascend_patch.impl import kv_ascend_kept as kept
 from ascend_patch.impl import kv_ascend_sizes as sizes
 from ascend_patch.impl import kv_ascend_split as split
+from ascend_patch.impl import kv_settings
 from ascend_patch.impl.kv_vllm_wire import log
 from ascend_patch.kernels.kv_layout import Plan, Refusal, Side
 
 SIDE = "ascend_patch_side"
+# Of a receiving thread: kv_settings.Settings.
+SETTINGS = "ascend_patch_settings"
 
 
 def start(worker: Any, metadata: Any) -> None:
@@ -29,15 +32,81 @@ def start(worker: Any, metadata: Any) -> None:
     if worker.kv_send_thread is None:
         metadata.reqs_in_batch = set()
     kept.note(thread, metadata.requests)
+    full = too_many_kept(thread)
     for request, meta in list(metadata.requests.items()):
-        if _prefill_tp(worker, meta) < worker.tp_size:
+        if full is not None and _first(meta.local_block_ids):
             del metadata.requests[request]
-            _split(worker, request, meta)
+            _decline(worker, request, meta, full, waiting_ranks(worker, request, meta))
             continue
-        wrong = refused(worker, request, meta)
+        try:
+            if _prefill_tp(worker, meta) < worker.tp_size:
+                del metadata.requests[request]
+                _split(worker, request, meta)
+                continue
+            wrong = refused(worker, request, meta)
+        except Exception as error:
+            metadata.requests.pop(request, None)
+            decline_begun(worker, request, meta, error)
+            continue
         if wrong is not None:
             del metadata.requests[request]
             _decline(worker, request, meta, *wrong)
+
+
+def each(
+    wrapped: Callable[[Any], Any], metadata: Any, decline: Callable[[str, Any, Exception], None]
+) -> None:
+    """The release's own start of each request, one at a time.
+
+    What it raises would end the worker, and the engine with it, for the sake of one request.
+    """
+    requests, metadata.requests = metadata.requests, {}
+    for request, meta in requests.items():
+        one = type(metadata)()
+        one.requests[request] = meta
+        try:
+            wrapped(one)
+        except Exception as error:
+            decline(request, meta, error)
+
+
+def decline_begun(worker: Any, request: str, meta: Any, error: Exception) -> None:
+    """The release may have queued some of its pulls: its end is queued behind them."""
+    reason = f"the release cannot start it: {type(error).__name__}: {error}"
+    _decline(worker, request, meta, reason, [0])
+
+
+def most_kept(thread: Any) -> int:
+    """How many blocks may be kept for prefill ranks that may write to them still."""
+    blocks = next(iter(thread.kv_caches.values()))[0].shape[0]
+    settings = getattr(thread, SETTINGS, None)
+    share = kv_settings.DEFAULT_QUARANTINE if settings is None else settings.quarantine
+    return max(1, int(share * blocks))
+
+
+def too_many_kept(thread: Any) -> str | None:
+    """Why nothing more is pulled; None while it is."""
+    requests, blocks = failures.of(thread).kept()
+    most = most_kept(thread)
+    if blocks < most:
+        return None
+    return (
+        f"{blocks} blocks of {requests} requests are kept, whose prefill ranks stopped in the "
+        f"middle of a read and may go on with it, and above {most} nothing more is pulled; start "
+        "those ranks again, or this server, or raise quarantine_share"
+    )
+
+
+def waiting_ranks(worker: Any, request: str, meta: Any) -> list[int]:
+    """The prefill ranks that wait for this decode rank; none where that cannot be said."""
+    tp = _prefill_tp(worker, meta)
+    if tp < worker.tp_size:
+        return list(range(worker.tp_rank, tp * worker._prefill_pp_size, worker.tp_size))
+    choice = (meta.remote_request_id, tp) if takes_size(worker) else (request,)
+    try:
+        return [int(rank) for rank in worker._get_remote_ranks_for_req(*choice)[worker.tp_rank]]
+    except (ValueError, IndexError, ZeroDivisionError):
+        return []
 
 
 def takes_size(worker: Any) -> bool:

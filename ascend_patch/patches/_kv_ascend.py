@@ -42,10 +42,10 @@ def _targets(module: str, *more: str) -> tuple[Target, ...]:
             f"{module}:KVCacheTaskTracker.get_and_clear_finished_requests",
             f"{worker}.get_finished",
         ),
+        ours(f"{receiving}._get_remote_metadata", "_peers:get_remote_metadata"),
         ours(
-            f"{receiving}._get_remote_metadata",
-            "_peers:get_remote_metadata",
             f"{receiving}._get_remote_socket",
+            "_peers:get_remote_socket",
             f"{receiving}._return_remote_socket",
         ),
         ours(
@@ -56,9 +56,21 @@ def _targets(module: str, *more: str) -> tuple[Target, ...]:
         ours(f"{module}:ensure_zmq_recv", "_peers:ensure_zmq_recv"),
         ours(
             f"{sending}.__init__",
-            "_peers:sending_init",
-            f"{sending}.run_busy_loop",
+            "_said:sending_init",
             f"{module}:MooncakeAgentMetadata",
+        ),
+        ours(
+            f"{module}:zmq_ctx",
+            "_listener:zmq_ctx",
+            f"{sending}.run",
+            f"{sending}.run_busy_loop",
+            f"{module}:KVCacheTaskTracker.add_delayed_request",
+            f"{module}:KVCacheTaskTracker.add_req_to_process",
+        ),
+        ours(
+            f"{scheduler}.get_num_new_matched_tokens",
+            "_admit:get_num_new_matched_tokens",
+            f"{module}:ReqMeta",
         ),
         ours(
             f"{scheduler}.request_finished",
@@ -99,6 +111,13 @@ RUNNER_0_13 = Target(
     context=(f"{RUNNER}.execute_model", f"{RUNNER}.get_finished_kv_transfer"),
 )
 
+# Its scheduler gives the blocks of an aborted request to others, though a rank pulls to them.
+ABORTED_0_13 = Target(
+    "vllm.v1.core.sched.scheduler:Scheduler._update_from_kv_xfer_finished",
+    "host",
+    f"{OURS}_admit:update_from_kv_xfer_finished",
+)
+
 BANDS = (
     Band(
         "vllm_ascend",
@@ -110,7 +129,7 @@ BANDS = (
         "vllm_ascend",
         "",
         ("0.13.0", "releases/v0.13.0"),
-        (*_targets(MOONCAKE_0_13), RUNNER_0_13),
+        (*_targets(MOONCAKE_0_13), RUNNER_0_13, ABORTED_0_13),
     ),
     Band("vllm_ascend", "", ("0.11.0", "v0.11.0-dev"), TARGETS_0_11),
     Band("vllm_ascend", "", ("0.23.0", "releases/v0.23.0"), TARGETS_0_23),

@@ -13,7 +13,7 @@ OLDER = f"{OURS}_0_11"
 
 
 def _targets() -> tuple[Target, ...]:
-    receiving = f"{MOONCAKE}:KVCacheRecvingThread"
+    receiving, sending = f"{MOONCAKE}:KVCacheRecvingThread", f"{MOONCAKE}:KVCacheSendingThread"
     scheduler = f"{MOONCAKE}:MooncakeConnectorScheduler"
     worker = f"{MOONCAKE}:MooncakeConnectorWorker"
     tracker = f"{MOONCAKE}:KVCacheTaskTracker"
@@ -36,11 +36,27 @@ def _targets() -> tuple[Target, ...]:
             f"{tracker}.get_and_clear_finished_requests",
             f"{worker}.get_finished",
         ),
+        ours(f"{receiving}._get_remote_metadata", f"{OURS}_peers:get_remote_metadata"),
         ours(
-            f"{receiving}._get_remote_metadata",
-            f"{OURS}_peers:get_remote_metadata",
             f"{receiving}._get_remote_socket",
+            f"{OURS}_peers:get_remote_socket",
             f"{receiving}._return_remote_socket",
+        ),
+        ours(
+            f"{sending}.__init__",
+            f"{OLDER}:sending_init",
+            f"{MOONCAKE}:MooncakeAgentMetadata",
+        ),
+        ours(
+            f"{MOONCAKE}:zmq_ctx",
+            f"{OURS}_listener:zmq_ctx",
+            f"{sending}.run",
+            f"{tracker}.add_delayed_request",
+        ),
+        ours(
+            f"{scheduler}.get_num_new_matched_tokens",
+            f"{OURS}_admit:get_num_new_matched_tokens",
+            f"{MOONCAKE}:ReqMeta",
         ),
         ours(f"{receiving}._send_done_recv_signal", f"{OLDER}:send_done_recv_signal"),
         ours(f"{MOONCAKE}:ensure_zmq_recv", f"{OURS}_peers:ensure_zmq_recv"),

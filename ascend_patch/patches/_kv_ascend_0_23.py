@@ -27,12 +27,24 @@ def _targets() -> tuple[Target, ...]:
             "_0_23:finished_recving",
             f"{worker}.get_finished",
         ),
-        ours(f"{receiving}._get_remote_socket", "_0_23:get_remote_socket"),
+        ours(f"{receiving}._get_remote_socket", "_peers:get_remote_socket"),
         ours(
             f"{sending}.__init__",
-            "_peers:sending_init",
-            f"{sending}.run_busy_loop",
+            "_said:sending_init",
             f"{MOONCAKE}:MooncakeAgentMetadata",
+        ),
+        ours(
+            f"{MOONCAKE}:zmq_ctx",
+            "_listener:zmq_ctx",
+            f"{sending}.run",
+            f"{sending}.run_busy_loop",
+            f"{MOONCAKE}:KVCacheTaskTracker.add_delayed_request",
+            f"{MOONCAKE}:KVCacheTaskTracker.add_req_to_process",
+        ),
+        ours(
+            f"{scheduler}.get_num_new_matched_tokens",
+            "_admit:get_num_new_matched_tokens",
+            f"{MOONCAKE}:ReqMeta",
         ),
         ours(
             f"{scheduler}.request_finished",

@@ -227,8 +227,14 @@ class Pair:
             worker.start_load_kv(self.metadata(request, local, remote, **given))
         return [self.heard(worker, request) for worker in self.decode]
 
-    def heard(self, worker: Any, request: str, seconds: float = 20.0) -> dict:
-        """Step until the request has finished: what was said to be invalid, and when."""
+    def heard(
+        self, worker: Any, request: str, seconds: float = 20.0, *, reported: bool = False
+    ) -> dict:
+        """Step until the request has finished: what was said to be invalid, and when.
+
+        Args:
+            reported: Or until something was said to be invalid.
+        """
         connector = host.MooncakeConnector.__new__(host.MooncakeConnector)
         connector.connector_worker, connector.connector_scheduler = worker, None
         early: set[int] = set()
@@ -238,6 +244,8 @@ class Pair:
             if request in (done or ()):
                 return {"done": True, "invalid": sorted(invalid), "early": sorted(early)}
             early |= invalid
+            if reported and early:
+                break
             time.sleep(0.02)
         return {"done": False, "invalid": [], "early": sorted(early)}
 

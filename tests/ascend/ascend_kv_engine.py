@@ -16,10 +16,14 @@ HOST = "127.0.0.1"
 
 
 class Engine:
-    """Mooncake's engine: reads of this process's memory. `codes` answers instead of reading."""
+    """Mooncake's engine: reads of this process's memory. `codes` answers instead of reading.
+
+    Where regions are `registered`, (address, bytes), nothing else is read.
+    """
 
     codes: ClassVar[list[int]] = []
     reads = 0
+    registered: ClassVar[list[tuple[int, int]]] = []
 
     def initialize(self, *_: Any) -> int:
         return 0
@@ -34,6 +38,11 @@ class Engine:
         Engine.reads += 1
         if Engine.codes:
             return Engine.codes.pop(0)
+        for source, size in zip(remote, sizes, strict=True):
+            if Engine.registered and not any(
+                first <= source <= first + length - size for first, length in Engine.registered
+            ):
+                return -1
         for target, source, size in zip(local, remote, sizes, strict=True):
             ctypes.memmove(target, source, size)
         return 0

@@ -73,8 +73,10 @@ def _serve(there: Any, only: tuple[str, int], patched: bool, given: dict) -> Non
             worker = pair.decode[0]
             worker.start_load_kv(pair.metadata(request, local, remote))
             began = time.monotonic()
-            found: Any = pair.heard(worker, request, SECONDS - 10)
+            found: Any = pair.heard(worker, request, SECONDS - 5, reported=True)
             found["seconds"] = round(time.monotonic() - began, 2)
+        elif name == "ended":
+            found = pair.heard(pair.decode[0], *arguments)
         elif name == "lines":
             found = list(LINES)
         else:
@@ -159,7 +161,10 @@ def dead(seed: int, number: int) -> dict:
         heard = ranks.each(ranks.decode, "pull", "two", LOCAL, REMOTE)
         found = {"first": first, "heard": heard}
         if number == signal.SIGSTOP:
+            # Nothing is given back while its bytes may come.
+            found["kept"] = ranks.each(ranks.decode, "ended", "two", 1.0)
             os.kill(ranks.prefill[0].pid, signal.SIGCONT)
+            found["ended"] = ranks.each(ranks.decode, "ended", "two", 15.0)
             found["freed"] = ranks.each(ranks.prefill, "freed", "two", 8.0)
             time.sleep(6.0)  # for five seconds it is taken to be silent
             found["next"] = ranks.moved("three", LOCAL, REMOTE)
