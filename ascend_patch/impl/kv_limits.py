@@ -26,7 +26,7 @@ MAX_TOKENS = 1 << 31
 MAX_REQUESTS = 4096
 # Addresses are computed in int64.
 ADDRESS_END = 2**63
-MAX_TEXT, MAX_ID, MAX_HOST, MAX_URL = 4096, 256, 253, 2048
+MAX_TEXT, MAX_ID, MAX_HOST, MAX_URL = 4096, 1024, 253, 2048
 # Bytes: of a message to a prefill rank, of the shim's field in it, of an answer to it, and of what
 # a bootstrap server says.
 MAX_MESSAGE, MAX_FIELD, MAX_ANSWER, MAX_QUERY = 4 << 20, 64 << 10, 256 << 10, 4 << 20

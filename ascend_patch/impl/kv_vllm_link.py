@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+import socket
 import time
 from typing import Any
 
@@ -147,10 +149,34 @@ async def is_refused(address: str) -> bool:
     """
     host, port = kv_limits.endpoint("the address of a prefill rank", address)
     try:
-        _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), PROBE_S)
-    except ConnectionRefusedError:
-        return True
+        # A name may have several addresses, and the process may listen at any.
+        for one in [host] if _is_literal(host) else await _addresses(host, port):
+            if not await _is_refused(one, port):
+                return False
     except (OSError, asyncio.TimeoutError):
         return False
+    return True
+
+
+def _is_literal(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+async def _addresses(host: str, port: int) -> list[str]:
+    loop = asyncio.get_running_loop()
+    looking = loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    found = await asyncio.wait_for(looking, PROBE_S)
+    return [str(where[0]) for *_, where in found]
+
+
+async def _is_refused(address: str, port: int) -> bool:
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(address, port), PROBE_S)
+    except ConnectionRefusedError:
+        return True
     writer.close()
     return False

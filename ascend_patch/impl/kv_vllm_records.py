@@ -54,7 +54,7 @@ class Records:
                 f"{self._most} transfers from this prefill rank are under way; ask again later",
                 again=True,
             )
-        if record is None or not record.known:
+        if not self.knows(question.transfer):
             ahead = self._blocks_ahead + len(question.blocks)
             if ahead > AHEAD:
                 raise PushError(
@@ -63,6 +63,11 @@ class Records:
                     again=True,
                 )
         return self.request(question.transfer)
+
+    def knows(self, transfer: str) -> bool:
+        """Whether the host has had this request."""
+        record = self.requests.get(transfer)
+        return record is not None and record.known
 
     def request(self, transfer: str) -> Record:
         """What is known of a request, from now on."""

@@ -118,6 +118,14 @@ def plan_for(side: Side, rank: int, question: Question) -> Plan:
     return plan
 
 
+def name_of(side: Side, rank: int, question: Question) -> str:
+    """A push from a prefill rank, for messages; `side` is the prefill server's."""
+    return (
+        f"kv push, prefill rank {rank} (TP {side.tp}) -> decode rank {question.rank} "
+        f"(TP {question.side.tp}) of {question.puller}, requests {[question.request]}"
+    )
+
+
 @dataclass
 class Job:
     """One attempt of a decode rank.

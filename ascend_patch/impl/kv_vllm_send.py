@@ -7,6 +7,7 @@ each decode rank of the plan has been pushed to, or has given up: then its block
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -117,15 +118,14 @@ class Sender:
             question = kv_vllm_requests.read_question(ask)
             plan = kv_vllm_requests.plan_for(self.side, self.worker.tp_rank, question)
             record = self.memory.admit(question)
-        except (kv_limits.LimitError, kv_handshake.HandshakeError) as error:
-            await self._refuse(identity, socket, ask, str(error))
-            return
-        except PushError as error:
-            await self._refuse(identity, socket, ask, str(error), again=error.again)
+        except (kv_limits.LimitError, kv_handshake.HandshakeError, PushError) as error:
+            again = getattr(error, "again", False)
+            await self._refuse(identity, socket, ask, str(error), again)
             return
         record.puller = question.puller
         record.expected = kv_vllm_plan.asked_by(plan, self.worker.tp_rank)
-        job = self.memory.begin(epoch, identity, socket, self._name(question), question)
+        name = kv_vllm_requests.name_of(self.side, self.worker.tp_rank, question)
+        job = self.memory.begin(epoch, identity, socket, name, question)
         # The loop keeps no strong reference to a task.
         job.task = asyncio.ensure_future(self._run(job, question, plan, record))
 
@@ -240,7 +240,7 @@ class Sender:
                     f"the attempt is of transfer {job.transfer} and decode rank {job.rank}, and "
                     f"what is cancelled of {transfer} and {rank}; they must be the same"
                 )
-            log.info("%s: given up by the decode rank%s", job.name, "" if last else " so far")
+            self._log(job, logging.INFO, f"given up by the decode rank{'' if last else ' so far'}")
             await self._stop(job, last=last)
         # Who cancels what nobody has heard of leaves nothing behind.
         if last and transfer in self.records and (job is None or not job.writing):
@@ -265,7 +265,7 @@ class Sender:
     async def _tell(self, job: Job, state: str, sentence: str = "", again: bool = False) -> None:
         self._note(job, state, sentence, again)
         if state == FAILED:
-            log.warning("%s: not pushed: %s", job.name, sentence)
+            self._log(job, logging.WARNING, f"not pushed: {sentence}")
         await self._repeat(job)
 
     def _note(self, job: Job, state: str, sentence: str = "", again: bool = False) -> None:
@@ -279,7 +279,7 @@ class Sender:
             self.memory.end(job)
 
     async def _refuse(
-        self, identity: bytes, socket: Any, ask: Any, sentence: str, *, again: bool = False
+        self, identity: bytes, socket: Any, ask: Any, sentence: str, again: bool = False
     ) -> None:
         """Say that nothing is written for an attempt of which nothing is kept."""
         kv_vllm_wire.log_refusal(f"kv push, prefill rank {self.worker.tp_rank}: {sentence}")
@@ -292,9 +292,9 @@ class Sender:
         if job.told is not None:
             await job.socket.send_multipart((job.identity, kv_vllm_wire.encode(job.told)))
 
-    def _name(self, question: Question) -> str:
-        return (
-            f"kv push, prefill rank {self.worker.tp_rank} (TP {self.side.tp}) -> decode rank "
-            f"{question.rank} (TP {question.side.tp}) of {question.puller}, "
-            f"requests {[question.request]}"
-        )
+    def _log(self, job: Job, level: int, sentence: str) -> None:
+        # Anybody may ask for a request that is not here, as often as they like.
+        if self.memory.knows(job.transfer):
+            log.log(level, "%s: %s", job.name, sentence)
+        else:
+            kv_vllm_wire.log_refusal(f"{job.name}: {sentence}")

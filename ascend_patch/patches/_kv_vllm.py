@@ -9,11 +9,17 @@ BASE = f"{CONNECTOR}.v1.base"
 MOONCAKE = f"{CONNECTOR}.v1.mooncake.mooncake_connector"
 BOOTSTRAP = f"{CONNECTOR}.v1.mooncake.mooncake_utils"
 WORKER, SCHEDULER = f"{MOONCAKE}:MooncakeConnectorWorker", f"{MOONCAKE}:MooncakeConnectorScheduler"
+CORE = "vllm.v1.core.sched.scheduler:Scheduler"
 OURS = "ascend_patch.impl.kv_vllm"
 
 
 def _worker(name: str, replacement: str, *context: str) -> Target:
     return Target(f"{WORKER}.{name}", "host", f"{OURS}:{replacement}", context=context)
+
+
+def _core(name: str, replacement: str, *context: str) -> Target:
+    target = f"{OURS}_scheduler:{replacement}"
+    return Target(f"{CORE}.{name}", "host", target, context=tuple(f"{CORE}.{n}" for n in context))
 
 
 # A transfer that fails: from the worker to the scheduler, and what it makes of it.
@@ -27,12 +33,7 @@ FAILS = (
             "KVConnectorModelRunnerMixin._get_kv_connector_output",
         ),
     ),
-    Target(
-        "vllm.v1.core.sched.scheduler:Scheduler._handle_invalid_blocks",
-        "host",
-        f"{OURS}_scheduler:handle_invalid_blocks",
-        context=("vllm.v1.core.sched.scheduler:Scheduler._update_from_kv_xfer_finished",),
-    ),
+    _core("_handle_invalid_blocks", "handle_invalid_blocks", "_update_from_kv_xfer_finished"),
 )
 
 
@@ -70,12 +71,8 @@ PUSHES = (
         f"{WORKER}.start_load_kv",
         f"{WORKER}.fetch_finished_recving_reqs",
     ),
-    Target(
-        f"{WORKER}.get_finished",
-        "host",
-        f"{OURS}_finished:get_finished",
-        context=(f"{WORKER}.fetch_finished_recving_reqs", f"{WORKER}.fetch_finished_sending_reqs"),
-    ),
+    # What it asks for is context of the two above.
+    Target(f"{WORKER}.get_finished", "host", f"{OURS}_finished:get_finished"),
     Target(
         f"{SCHEDULER}.update_state_after_alloc",
         "host",
@@ -83,7 +80,9 @@ PUSHES = (
         context=(f"{SCHEDULER}.get_num_new_matched_tokens", f"{SCHEDULER}.request_finished"),
     ),
     Target(f"{SCHEDULER}.build_connector_meta", "host", f"{OURS}_scheduler:build_connector_meta"),
-    *FAILS,
+    FAILS[0],
+    _core("_handle_invalid_blocks", "recompute_elsewhere", "_update_waiting_for_remote_kv"),
+    _core("_update_from_kv_xfer_finished", "update_from_kv_xfer_finished"),
     Target(
         f"{BOOTSTRAP}:MooncakeBootstrapServer.start",
         "host",
