@@ -55,12 +55,13 @@ class Listener:
                     return
                 except Exception:
                     log.exception(
-                        "kv connector: the side channel of prefill rank %d failed; it is opened "
-                        "again",
+                        "kv connector: the side channel of prefill rank %d failed; it goes on",
                         self.worker.tp_rank,
                     )
-                    sock.close(0)
-                    sock = await self._bind_again()
+                    # While nobody listens, decode ranks take it for a process that has ended.
+                    if sock.closed:
+                        sock = await self._bind_again()
+                    await asyncio.sleep(RESTART_S)
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -88,11 +89,11 @@ class Listener:
 
     async def _bind_again(self) -> Any:
         while True:
-            await asyncio.sleep(RESTART_S)
             try:
                 return self._bind(self.worker.side_channel_port)
             except ListenError as error:
                 log.error("kv connector: %s", error)
+            await asyncio.sleep(RESTART_S)
 
     async def _receive(self, sock: Any) -> None:
         while True:

@@ -7,7 +7,13 @@ import math
 import time
 from typing import Any
 
-from ascend_patch.impl import kv_handshake, kv_limits, kv_vllm_quarantine, kv_vllm_wire
+from ascend_patch.impl import (
+    kv_handshake,
+    kv_limits,
+    kv_vllm_link,
+    kv_vllm_quarantine,
+    kv_vllm_wire,
+)
 from ascend_patch.impl.kv_vllm_link import Link, LostError
 from ascend_patch.impl.kv_vllm_wire import (
     ACCEPTED,
@@ -22,6 +28,8 @@ from ascend_patch.impl.kv_vllm_wire import (
 )
 
 REPEAT_S = 2.0
+# A peer that is asked this seldom has been silent for some ten seconds.
+PROBE_AFTER_S = 5.0
 # What an unpatched prefill server says before it writes. Of its other errors it is not known
 # whether some of a request's ranges are still on their way.
 BEFORE_WRITING = (
@@ -162,7 +170,7 @@ class Conversation:
         """
         try:
             told = await self._cancel(last=last)
-            await self._wait_for_end(last=last)
+            await self._wait_for_end()
             if not told:
                 await self._cancel(last=last)
         except LostError as error:
@@ -175,17 +183,21 @@ class Conversation:
         finally:
             self.link.close()
 
-    async def _wait_for_end(self, *, last: bool, seconds: float = math.inf) -> None:
+    async def _wait_for_end(self, seconds: float = math.inf) -> None:
         """Wait until the peer says that it writes no more, or for so long."""
         deadline, pause = time.monotonic() + seconds, self.pull.receiver.repeat
         while self.doubtful and (left := deadline - time.monotonic()) > 0:
             answer = await self.link.answer(min(pause, left))
             if answer is not None:
                 self.doubtful = self._still_writes(answer)
-            elif self.told is not None:
+                continue
+            if self.told is not None:
                 # Its last word may be lost; asked about what it was allowed, it says it again.
                 await self.link.send(self._message(GO))
-                pause = min(1.5 * pause, kv_vllm_quarantine.LONGEST_PAUSE_S)
+            pause = min(1.5 * pause, kv_vllm_quarantine.LONGEST_PAUSE_S)
+            # A connection may seem to live that has no other end any more.
+            if pause > PROBE_AFTER_S and await kv_vllm_link.is_refused(self.link.address):
+                raise LostError(f"{self.link.address} refuses connections")
 
     async def _ask_again(self) -> bool:
         """Ask over a new connection whether it still writes: the old one may have been cut."""
@@ -193,7 +205,7 @@ class Conversation:
         try:
             self.link = Link(self.pull.receiver.worker.async_zmq_ctx, self.link.address)
             await self.link.send(self._message(GO))
-            await self._wait_for_end(last=True, seconds=2 * self.pull.receiver.repeat)
+            await self._wait_for_end(2 * self.pull.receiver.repeat)
             if not self.doubtful:
                 await self._cancel(last=True)
         except LostError:
