@@ -217,6 +217,23 @@ def metadata(seed: int) -> dict[str, Any]:
     return found
 
 
+def ipv6(seed: int) -> dict[str, Any]:
+    """A pull from a prefill server that has an IPv6 address, and a port that is taken."""
+    usual, host.get_ip = host.get_ip, lambda: "::1"
+    try:
+        pair = Pair(1, 1, 2, seed=seed)
+        pair.offer("six")
+        found = pulled(pair, "six", REMOTE, remote_host="::1")
+        found["right"] = pair.right(LOCAL, REMOTE)
+        try:
+            Pair(1, 1, 2, seed=seed, ports=(pair.port, free_port(1)))
+        except RuntimeError as error:
+            found["taken"] = str(error)
+    finally:
+        host.get_ip = usual
+    return found
+
+
 def freed(seed: int) -> dict[str, Any]:
     """While a request is read somebody else says that it was read, and prefill frees it."""
     pair, real = Pair(1, 1, 2, seed=seed), Engine.batch_transfer_sync_read

@@ -122,6 +122,13 @@ def check_restart(found: dict[str, Any], attempts: int) -> None:
     assert found["right"] == found["newer"] >= attempts
 
 
+def check_ipv6(found: dict[str, Any]) -> None:
+    """IPv6 addresses work; a port that is taken is named."""
+    assert right(found["heard"])
+    assert found["right"] == [True]
+    assert "a prefill rank cannot listen at tcp://[::1]:" in found["taken"]
+
+
 def check_freed(found: dict[str, Any]) -> None:
     """Blocks that prefill freed while they were read are not the request's any more."""
     assert found["reads"] == 2

@@ -33,6 +33,7 @@ RequestStatus = SimpleNamespace(FINISHED_LENGTH_CAPPED="capped")
 # What `ascend_kv` puts in place, as it does with the release's.
 get_tensor_model_parallel_rank = get_tensor_model_parallel_world_size = lambda: 0
 get_ascend_config: Any = None
+get_ip: Any = None
 
 
 class MooncakeAgentMetadata(msgspec.Struct, omit_defaults=True, dict=True):
@@ -157,7 +158,7 @@ class KVCacheSendingThread(threading.Thread):
         super().__init__(daemon=True)
         self.metadata, self.ready_event = metadata, ready_event
         self.kv_caches = worker.kv_caches
-        self.side_channel_host, self.side_channel_port = "127.0.0.1", worker.side_channel_port
+        self.side_channel_host, self.side_channel_port = get_ip(), worker.side_channel_port
         self.handshake_port = worker.handshake_port
         self.port_send_num: dict[str, int] = {}
         self.task_tracker = KVCacheTaskTracker()
@@ -463,7 +464,8 @@ class MooncakeConnectorWorker:
         else:
             thread = self.kv_recv_thread = KVCacheRecvingThread(self, bases, ready)
         thread.start()
-        assert ready.wait(10)
+        if not ready.wait(5):
+            raise RuntimeError("the thread did not start")
 
     def get_finished(self) -> tuple[set[str], set[str]]:
         if self.kv_role == "kv_producer":

@@ -22,6 +22,7 @@ RELEASES = ("0.11.0", "0.13.0", "0.18.0", "0.23.0")
 each_release = pytest.mark.parametrize("release", RELEASES)
 MESSAGES, TRIED, ATTEMPTS = 100_000, 25_000, 5000
 SECONDS = 900
+NAMES = ("ends", "roles", "metadata", "freed", "ipv6")
 CODE = """
 import logging
 import ascend_kv_fuzz as fuzz, ascend_kv_hostile as hostile, ascend_kv_storm as storm
@@ -29,21 +30,23 @@ logging.disable(logging.CRITICAL)
 found = {}
 for one, code in CASES.items():
     found[one] = eval(code)
-assert state() == "applied", state()
+assert state() == STATE, state()
 """
 
 
 @once
-def report(label: str, names: str) -> dict[str, Any]:
+def report(label: str, names: str, patches: str = PATCH) -> dict[str, Any]:
     """What cases find in a process of a release with the patch.
 
     Args:
         names: JSON: name -> code.
+        patches: Or without one.
     """
     host = Host(label)
     start = START + (BUILT if label in BRANCHES else "") + opening(host)
-    code = f"{start}\nCASES = {names}\n{CODE}{ENDING}"
-    printed = host.run(code, patches=PATCH, seconds=SECONDS)
+    wanted = "applied" if patches == PATCH else "off"
+    code = f"{start}\nCASES, STATE = {names}, {wanted!r}\n{CODE}{ENDING}"
+    printed = host.run(code, patches=patches, seconds=SECONDS)
     found: dict[str, Any] = json.loads(printed.strip().splitlines()[-1])
     return found
 
@@ -52,7 +55,7 @@ def peers(release: str) -> dict[str, Any]:
     """The cases that take little time."""
     seed = session_seed()
     print(f"repeat with ASCEND_PATCH_SEED={seed}")
-    cases = {one: f"hostile.{one}({seed})" for one in ("ends", "roles", "metadata", "freed")}
+    cases = {one: f"hostile.{one}({seed})" for one in NAMES}
     cases["parameters"] = f"fuzz.parameters({seed}, {TRIED})"
     cases["wire"] = f"fuzz.wire({seed}, {TRIED})"
     cases["engines"] = f"hostile.engines({seed}, 16_500)"
@@ -76,6 +79,11 @@ def test_a_read_that_ended_is_counted_once_and_for_its_own_attempt(release):
 @each_release
 def test_blocks_that_prefill_freed_while_they_were_read_are_not_right(release):
     shown.check_freed(peers(release)["freed"])
+
+
+@each_release
+def test_ipv6_and_a_port_that_is_taken(release):
+    shown.check_ipv6(peers(release)["ipv6"])
 
 
 @each_release
@@ -124,3 +132,16 @@ def test_a_read_that_was_given_up_writes_to_no_other_request(release, variant):
 @each_release
 def test_too_many_kept_blocks_end_pulls_until_the_ranks_answer(release):
     shown.check_refuses(alone(release, f"storm.refuses({session_seed()})"))
+
+
+@pytest.mark.parametrize("release", ["0.11.0", "0.13.0"])
+def test_blocks_of_an_aborted_request_are_kept_while_it_is_pulled(release):
+    """vLLM's own scheduler: unpatched they are free while a rank reads into them."""
+    case = json.dumps({"aborted": f"__import__('ascend_kv_aborted').aborted({session_seed()})"})
+    stock = report(release, case, "none")["aborted"]
+    ours = report(release, case)["aborted"]
+    print(stock, ours, sep="\n")
+    whole, taken, aborted, ended = ours["free"]
+    assert stock["free"][:3] == [whole, whole - 3, whole]
+    assert (taken, aborted, ended) == (whole - 3, whole - 3, whole)
+    assert ours["left"] == []

@@ -78,7 +78,7 @@ def peers() -> Any:
     """The cases that take little time, in one process."""
     seed = int(os.environ.get("ASCEND_PATCH_SEED", secrets.randbelow(2**31)))
     print(f"repeat with ASCEND_PATCH_SEED={seed}")
-    names = ("ends", "roles", "metadata", "freed")
+    names = ("ends", "roles", "metadata", "freed", "ipv6")
     cases = ", ".join(f"{name!r}: hostile.{name}({seed})" for name in names)
     return found(f"{{{cases}, 'engines': hostile.engines({seed}, 16_500)}}")
 
@@ -91,6 +91,10 @@ def test_a_read_that_ended_is_counted_once_and_for_its_own_attempt():
 @pytest.mark.fault("ascend_blocks_given_back_too_early")
 def test_blocks_that_prefill_freed_while_they_were_read_are_not_right():
     shown.check_freed(peers()["freed"])
+
+
+def test_ipv6_and_a_port_that_is_taken():
+    shown.check_ipv6(peers()["ipv6"])
 
 
 class OlderScheduler(SimpleNamespace):
