@@ -362,6 +362,30 @@ def test_a_message_of_several_frames_ends_no_listener(host) -> None:
     asyncio.run(run())
 
 
+def test_a_listener_that_fails_goes_on(host, monkeypatch) -> None:
+    listen = importlib.import_module("ascend_patch.impl.kv_vllm_listen")
+    take, failed = listen.Listener._take, []
+
+    async def fail(self: Any, *message: Any) -> None:
+        if not failed:
+            failed.append(message)
+            raise OSError("the test's own")
+        await take(self, *message)
+
+    async def run() -> None:
+        monkeypatch.setattr(listen.Listener, "_take", fail)
+        monkeypatch.setattr(listen, "RESTART_S", 0.05)
+        async with World(host, 1, 1) as world:
+            with Peer(world) as peer:
+                await peer.say(ASK, "e", transfer="t1")
+                assert await peer.hear("e", 0.5) is None
+                await peer.say(ASK, "e", transfer="t1")
+                assert await peer.hear("e") == ACCEPTED
+
+    asyncio.run(run())
+    assert failed
+
+
 def test_unpatched_peers_that_wait_stop_nobody_else(host) -> None:
     """The host has a few tasks for them, which all wait until their requests come."""
 
