@@ -25,6 +25,8 @@ RUN_VARIABLE = "ASCEND_PATCHES_RUN"
 NO_FILES = "none"
 # Names that are taken already are followed by a number, up to this one.
 MOST_OF_A_NAME = 1000
+# Of a directory that holds other things too so many are looked at.
+MOST_ENTRIES = 20_000
 ADVICE = f"set {DIRECTORY_VARIABLE} to an absolute path below which you can write"
 
 
@@ -120,7 +122,7 @@ def readable() -> list[Path]:
         return [place / own_name() for place in _default_places()]
     others = set()
     with contextlib.suppress(OSError), os.scandir(explicit) as entries:
-        for entry, _ in zip(entries, range(MOST_OF_A_NAME), strict=False):
+        for entry, _ in zip(entries, range(MOST_ENTRIES), strict=False):
             if DIRECTORY_NAME.fullmatch(entry.name):
                 others.add(entry.name)
     return [explicit / name for name in (own_name(), *sorted(others - {own_name()}))]
