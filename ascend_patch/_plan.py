@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from packaging.specifiers import SpecifierSet
 
 from ascend_patch import __version__, _records
-from ascend_patch._guard import describe
 from ascend_patch._registry import Band, Patch
 from ascend_patch._selection import Selection
 from ascend_patch._versions import Installed
@@ -56,7 +55,9 @@ def _decide_safely(patch: Patch, installed: Installed) -> Decision:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        return Decision(patch, "failed", f"it could not be decided: {describe(error)}")
+        return Decision(
+            patch, "failed", f"it could not be decided: {type(error).__name__}: {error}"
+        )
 
 
 def decide(patch: Patch, installed: Installed) -> Decision:
