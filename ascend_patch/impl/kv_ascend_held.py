@@ -76,15 +76,15 @@ class Encoder:
         self._encode = encoder.encode
         self._thread = thread
         self._done = importlib.import_module(type(thread).__module__).DONE_RECVING_MSG
-        self._reader = f"{thread.local_engine_id}:{thread.tp_rank}:{thread.local_handshake_port}"[
-            :256
-        ]
+        name = f"{thread.local_engine_id}:{thread.tp_rank}:{thread.local_handshake_port}"
+        self._reader = name[:200]
 
     def encode(self, message: Any) -> bytes:
         """As msgspec's; an unpatched prefill rank does not read what is added."""
         if message[0] == self._done:
             attempt = self._thread.__dict__.get(NAME, {}).get(message[1], "")
-            said = {"reader": self._reader, "attempt": attempt}
+            pull = getattr(self._thread.decoder.asked, "pull", "")
+            said = {"reader": f"{self._reader}:{pull}", "attempt": attempt}
             message = (*message, {kv_handshake.FIELD: said})
         found: bytes = self._encode(message)
         return found

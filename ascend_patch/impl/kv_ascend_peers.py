@@ -167,6 +167,9 @@ def asking(thread: Any, req_meta: dict[str, Any]) -> None:
     decoder = thread.__dict__.get("decoder")
     if isinstance(decoder, said.Decoder):
         decoder.asked.rank = engine, req_meta["remote_host"], port
+        # Under context parallel a decode rank may read several times from one prefill rank.
+        first = next(iter(flat(req_meta["local_block_ids"])), "")
+        decoder.asked.pull = f"{req_meta.get('shard_idx', req_meta.get('offset', ''))}.{first}"
     bound(thread)
 
 
