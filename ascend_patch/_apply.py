@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ascend_patch import _bootstrap, _devices, _late
 from ascend_patch._finder import Finder, Watch
+from ascend_patch._guard import describe, ends_import
 from ascend_patch._installation import Installation
 from ascend_patch._plan import Decision
 from ascend_patch._registry import NOTHING, ORIGINAL, REFERENCE, Band, Target
@@ -174,9 +175,7 @@ class Applier:
         return changed
 
     def find_kept(self, model: Any) -> list[str]:
-        """Look for layers of a model that were built before a target that came late.
-
-        Nothing is looked at where no target did.
+        """Look for layers of a model that were built before a target that came late, if one did.
 
         Returns:
             A sentence for each target that is not in force everywhere; the states say so too.
@@ -187,11 +186,8 @@ class Applier:
                 target = installation.target
                 if target.module not in self._late:
                     continue
-                kept = [
-                    layer
-                    for original in installation.originals()
-                    for layer in _late.keepers(model, original)
-                ]
+                layers = (_late.keepers(model, original) for original in installation.originals())
+                kept = [layer for keepers in layers for layer in keepers]
                 if kept:
                     installation.kept = _late.sentence(kept, target.module, self._finder)
                     found.append(f"{name}: {target.id} is {installation.kept}")
@@ -216,7 +212,7 @@ class Applier:
                         self._install(patch, installation)
         except BaseException as error:
             self._fail(patch, target_id, error)
-            if isinstance(error, KeyboardInterrupt):
+            if ends_import(error):
                 raise
 
     def _prepare(self, patch: PatchState, target: Target) -> Installation:
@@ -248,7 +244,7 @@ class Applier:
 
     def _fail(self, patch: PatchState, target_id: str, error: BaseException) -> None:
         """Roll every target of the patch back, and say why; what requires it goes with it."""
-        reason = f"{target_id}: {type(error).__name__}: {error}"
+        reason = f"{target_id}: {describe(error)}"
         with self._lock:
             reason += self._take_back(patch.id, self._installed.pop(patch.id, {}))
             for target in patch.targets:
@@ -273,7 +269,7 @@ class Applier:
             try:
                 installation.revert()
             except BaseException as error:
-                problems += f"; taking {installation.target.id} back failed too: {error}"
+                problems += f"; taking {installation.target.id} back failed too: {describe(error)}"
         return problems
 
     def _note_late(self, module: str) -> None:

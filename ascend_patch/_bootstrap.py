@@ -68,7 +68,7 @@ def open_door(door: str, place: str = "") -> None:
     except BaseException as error:
         if _fault is None and _guard.ends_import(error):
             raise
-        reason = f"could not be armed ({type(error).__name__}: {error})"
+        reason = f"could not be armed ({_describe(error)})"
         if finder() is None:
             doors.clear()
             _close_if_strict(reason)
@@ -173,7 +173,7 @@ def _decide(spec: object) -> None:
         _runtime.begin(spec)
     except BaseException as error:
         if not _guard.ends_import(error):
-            _refuse_undecided(f"the shim itself failed ({_guard.describe(error)})")
+            _refuse_undecided(f"the shim itself failed ({_describe(error)})")
         raise
 
 
@@ -184,8 +184,12 @@ def _host_was_imported(module: object) -> None:
 
 def _callback_failed(module: str, error: BaseException) -> None:
     if module.partition(".")[0] in HOST_PACKAGES:
-        _refuse_undecided(f"the shim failed while {module} was imported ({_guard.describe(error)})")
+        _refuse_undecided(f"the shim failed while {module} was imported ({_describe(error)})")
     _guard.report(f"{module} was imported", error)
+
+
+def _describe(error: BaseException) -> str:
+    return type(error).__name__ if _fault is not None else _guard.describe(error)
 
 
 def _refuse_undecided(reason: str) -> None:

@@ -15,7 +15,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-DEVICE_VARIABLE = "ASCEND_PATCHES_DEVICE"
+from ascend_patch import _env
+
+DEVICE_VARIABLE = _env.DEVICE
 # What the variable takes.
 DEVICES = ("auto", "npu", "cuda", "cpu", "emulated")
 # What is recognised beside them: no patch has code of its own for these.
@@ -27,7 +29,7 @@ ASCEND_PLUGIN = "ascend"
 TARGET_VARIABLE = "VLLM_TARGET_DEVICE"
 
 
-class DeviceError(ValueError):
+class DeviceError(_env.SettingError):
     """ASCEND_PATCHES_DEVICE names no device."""
 
 
@@ -47,9 +49,12 @@ def choose(
     Raises:
         DeviceError: ASCEND_PATCHES_DEVICE has a value that names no device.
     """
-    wanted = environ.get(DEVICE_VARIABLE, "auto").strip().lower() or "auto"
+    value = environ.get(DEVICE_VARIABLE, "auto")
+    wanted = value.strip().lower() or "auto"
     if wanted not in DEVICES:
-        raise DeviceError(f"{DEVICE_VARIABLE}={wanted!r} names no device; use {', '.join(DEVICES)}")
+        raise DeviceError(
+            f"{DEVICE_VARIABLE}={_env.shown(value)} names no device; use {', '.join(DEVICES)}"
+        )
     if wanted != "auto":
         return wanted, f"{DEVICE_VARIABLE}={wanted}"
     if target_is_cpu(environ, roots):

@@ -69,7 +69,7 @@ class Finder:
     def __init__(self, on_error: Callable[[str, BaseException], None]) -> None:
         self._watches: dict[str, list[Watch]] = {}
         self._searching: dict[tuple[int, str], object] = {}
-        self._running: list[int] = []
+        self._running: dict[str, object] = {}
         self._gates = Gates()
         self._shut = self._gates.shut_by_package
         self._on_error = on_error
@@ -81,7 +81,7 @@ class Finder:
     def arm(self) -> None:
         """Stand first in sys.meta_path; calling it twice changes nothing."""
         # By identity, here as everywhere: what else stands there may have an `__eq__` of its own.
-        if not any(finder is self for finder in sys.meta_path):
+        if id(self) not in map(id, sys.meta_path):
             sys.meta_path.insert(0, self)
 
     def disarm(self) -> None:
@@ -101,7 +101,7 @@ class Finder:
         if module is None:
             return False
         spec: Any = values(module).get("__spec__")
-        if id(spec) in self._running:
+        if self._runs(name, spec):
             return False  # our loader calls back when it has finished
         if is_lazy(module):
             self._stand_in(name, spec)
@@ -143,7 +143,7 @@ class Finder:
         for name, watches in list(self._watches.items()):
             module = sys.modules.get(name)
             spec = values(module).get("__spec__")
-            if module is None or id(spec) in self._running or is_lazy(module):
+            if module is None or self._runs(name, spec) or is_lazy(module):
                 continue
             if getattr(spec, "_initializing", False):
                 continue
@@ -158,11 +158,9 @@ class Finder:
         """Forget these watches, wherever they are registered."""
         gone = set(map(id, watches))
         for name, entries in list(self._watches.items()):
-            left = [watch for watch in entries if id(watch) not in gone]
-            if left:
-                self._watches[name] = left
-            else:
-                self._watches.pop(name, None)
+            self._watches[name] = [watch for watch in entries if id(watch) not in gone]
+            if not self._watches[name]:
+                del self._watches[name]
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if fullname not in self._watches and not self._shut:
@@ -174,7 +172,7 @@ class Finder:
             if not contain(fullname, self._begins, searching, this, on_error=self._on_error):
                 return None
             # As importlib goes through the list: what a finder adds or removes counts at once.
-            behind = not any(finder is self for finder in sys.meta_path)
+            behind = id(self) not in map(id, sys.meta_path)
             for finder in sys.meta_path:
                 if finder is self:
                     behind = True
@@ -238,13 +236,15 @@ class Finder:
     def enter(self, name: str, spec: ModuleSpec) -> None:
         """The code of this spec's module runs next, under one of our loaders."""
         self._gates.wait(name)
-        self._running.append(id(spec))
+        self._running[name] = spec
         self.run_before(name, spec)
 
-    def leave(self, spec: ModuleSpec) -> None:
-        """The code of this spec's module has ended, one way or the other."""
-        if id(spec) in self._running:
-            self._running.remove(id(spec))
+    def leave(self, name: str) -> None:
+        """The code of this module has ended, one way or the other."""
+        self._running.pop(name, None)
+
+    def _runs(self, name: str, spec: object) -> bool:
+        return name in self._running and self._running[name] is spec
 
     def shut_gate(self, name: str, spec: ModuleSpec) -> None:
         """Let no other thread import a submodule before this package's `before` has returned."""
@@ -252,7 +252,6 @@ class Finder:
             self._gates.shut(name, spec)
 
     def open_gate(self, name: str) -> None:
-        """The package is not run after all."""
         self._gates.open(name)
 
     def run_before(self, name: str, spec: ModuleSpec) -> None:
@@ -286,8 +285,13 @@ class Finder:
             if watch.told.get(name) is execution(module):
                 return
             watch.told[name] = execution(module)
+        if not contain(name, self._call, watch, module, on_error=self._on_error):
+            watch.told.pop(name, None)  # the next sweep tries again
+
+    def _call(self, watch: Watch, module: ModuleType) -> bool:
         if watch.after is not None:
-            contain(name, watch.after, module, on_error=self._on_error)
+            watch.after(module)
+        return True
 
     def after_fork(self) -> None:
         """In a forked child only the thread that forked lives on; others do nothing any more."""

@@ -61,30 +61,34 @@ class Loader(Proxy):
         try:
             module: ModuleType | None = original.create_module(spec)
         except BaseException:
-            finder.open_gate(name)
+            finder.guarded(name, finder.open_gate, name)
             raise
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        finder, name, original = self._ascend_finder, self._ascend_name, self._ascend_original
-        spec = values(module).get("__spec__") or self._ascend_spec
-        finder.guarded(name, self._ascend_withdraw, module, spec)
-        # A lazy loader runs nothing yet: whoever uses the module first runs it.
-        if is_lazy_loader(original):
-            finder.open_gate(name)
-        else:
-            finder.guarded(name, finder.enter, name, spec)
+        finder, name = self._ascend_finder, self._ascend_name
+        finder.guarded(name, self._ascend_withdraw, module)
+        finder.guarded(name, self._ascend_enter, module)
         try:
-            original.exec_module(module)
+            self._ascend_original.exec_module(module)
         finally:
-            finder.leave(spec)
+            finder.guarded(name, finder.leave, name)
         finder.guarded(name, finder.run_after, name, module)
 
-    def _ascend_withdraw(self, module: ModuleType, spec: Any) -> None:
+    def _ascend_withdraw(self, module: ModuleType) -> None:
+        spec = values(module).get("__spec__") or self._ascend_spec
         if spec.loader is self:
             spec.loader = self._ascend_original
         if values(module).get("__loader__") is self:
             module.__loader__ = self._ascend_original
+
+    def _ascend_enter(self, module: ModuleType) -> None:
+        finder, name = self._ascend_finder, self._ascend_name
+        # A lazy loader runs nothing yet: whoever uses the module first runs it.
+        if is_lazy_loader(self._ascend_original):
+            finder.open_gate(name)
+        else:
+            finder.enter(name, values(module).get("__spec__") or self._ascend_spec)
 
 
 class LegacyLoader(Proxy):
@@ -97,7 +101,7 @@ class LegacyLoader(Proxy):
         try:
             module: ModuleType = self._ascend_original.load_module(fullname)
         finally:
-            finder.leave(spec)
+            finder.guarded(name, finder.leave, name)
         finder.guarded(name, finder.run_after, name, module)
         return module
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from packaging.specifiers import SpecifierSet
 
 from ascend_patch import __version__, _records
+from ascend_patch._guard import describe
 from ascend_patch._registry import Band, Patch
 from ascend_patch._selection import Selection
 from ascend_patch._versions import Installed
@@ -55,9 +56,7 @@ def _decide_safely(patch: Patch, installed: Installed) -> Decision:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        return Decision(
-            patch, "failed", f"it could not be decided: {type(error).__name__}: {error}"
-        )
+        return Decision(patch, "failed", f"it could not be decided: {describe(error)}")
 
 
 def decide(patch: Patch, installed: Installed) -> Decision:

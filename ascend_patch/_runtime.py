@@ -5,25 +5,24 @@ It begins right before the code of `vllm` (or of `vllm_ascend`) runs for the fir
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing.util
 import os
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ascend_patch import __version__, _bootstrap, _env, _guard
+from ascend_patch import __version__, _bootstrap, _dependencies, _env, _guard
 from ascend_patch._finder import Finder
 from ascend_patch._guard import Refusal, contain
 from ascend_patch._once import Once, refuse_if_strict
 from ascend_patch._state import PatchState, ProcessState
+from ascend_patch._unattached import fail_unattached
 
 if TYPE_CHECKING:
     from ascend_patch._apply import Applier
     from ascend_patch._plan import Decision
     from ascend_patch._verify import Verification
 
-DEPENDENCIES = ("wrapt", "packaging")
 MOST_PROBLEMS = 100
 
 
@@ -119,11 +118,12 @@ class Runtime:
             self._refuse_if_strict()
 
     def _decide_and_arm(self, finder: Finder) -> None:
-        missing = [name for name in DEPENDENCIES if not _importable(name)]
-        if missing:
-            self._without_dependencies(" and ".join(missing))
+        if reason := _dependencies.missing():
+            self.state.patches["all"] = PatchState("all", __version__, "failed", reason)
+            _bootstrap.complain(reason)
+            self._refuse_if_strict()
             return
-        from ascend_patch import _hooks, _plan, _registry, _settings, _verify, _versions
+        from ascend_patch import _hooks, _plan, _registry, _settings, _verify
         from ascend_patch._apply import Applier
 
         registry = _registry.load()
@@ -134,7 +134,7 @@ class Runtime:
             self.verification = _verify.begin(
                 self.state, tuple(registry), selection.ids, self.found_wrong, self._give_back
             )
-        except (_env.SettingError, _versions.DeviceError) as error:
+        except _env.SettingError as error:
             raise Refusal(str(error)) from None
         self.state.facts.update(
             selection=_env.get(_env.PATCHES),
@@ -173,14 +173,6 @@ class Runtime:
     def _give_back(self) -> None:
         if self._applier is not None:
             contain("originals were restored", self._applier.give_back)
-
-    def _without_dependencies(self, names: str) -> None:
-        reason = (
-            f"{names} is missing; `pip install {names.replace(' and ', ' ')}`; vLLM runs as it was"
-        )
-        self.state.patches["all"] = PatchState("all", __version__, "failed", reason)
-        _bootstrap.complain(reason)
-        self._refuse_if_strict()
 
     def _refuse_if_strict(self) -> None:
         refuse_if_strict(self.state.patches.values())
@@ -229,6 +221,7 @@ class Runtime:
             return
         for module in self._finder.sweep():
             self._applier.module_was_missed(module)
+        fail_unattached(self._applier, self.decisions, self.state.patches)
         for change in self._applier.check():
             _bootstrap.complain(change)
 
@@ -275,8 +268,7 @@ def current() -> Runtime:
 
 def begin(_spec: object) -> None:
     """Called by the finder when a host is about to be imported, or was found imported."""
-    finder = _bootstrap.finder()
-    if finder is None:
+    if (finder := _bootstrap.finder()) is None:
         raise RuntimeError("the shim's finder is gone from sys.meta_path; nothing is patched")
     _current.begin(finder)
 
@@ -288,14 +280,6 @@ def record_internal_error(during: str, error: BaseException) -> None:
     if problem not in problems and len(problems) < MOST_PROBLEMS:
         problems.append(problem)
     _current.state.write()
-
-
-def _importable(name: str) -> bool:
-    try:
-        importlib.import_module(name)
-    except ImportError:
-        return False
-    return True
 
 
 def _known_id(patch_id: str) -> str:

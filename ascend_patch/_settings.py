@@ -22,7 +22,6 @@ def read(registry: Mapping[str, _registry.Patch]) -> Settings:
 
     Raises:
         SettingError: One of them cannot be understood.
-        DeviceError: ASCEND_PATCHES_DEVICE names no device.
     """
     for name in _env.SWITCHES:
         _env.switch(name)

@@ -90,7 +90,7 @@ def test_a_fork_while_another_thread_holds_every_lock_does_not_hang_the_child(ho
         "runtime = _runtime.current()\n"
         "held, done = threading.Event(), threading.Event()\n"
         "def hold():\n"
-        "    with runtime._lock, runtime._applier._lock, runtime.state._lock:\n"
+        "    with runtime._decision._lock, runtime._applier._lock, runtime.state._lock:\n"
         "        with runtime.state.counters._lock:\n"
         "            held.set(); done.wait(20)\n"
         "threading.Thread(target=hold).start()\nheld.wait(20)\n"

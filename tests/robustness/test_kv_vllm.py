@@ -287,9 +287,7 @@ def test_above_the_cap_new_pulls_are_refused_and_served_again_below_it(host) -> 
 
 
 @pytest.mark.fault("nonsense_address_leaks_sockets")
-@pytest.mark.parametrize(
-    "address", ["nonsense", "tcp://nowhere", "tcp://127.0.0.1:99999", "ipc://"]
-)
+@pytest.mark.parametrize("address", ["nonsense", "tcp://nowhere", "ipc://"])
 def test_an_address_that_cannot_be_used_leaves_nothing_behind(host, address) -> None:
     async def run() -> None:
         async with World(host, 2, 1, retries=0) as world:
