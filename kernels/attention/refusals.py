@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ascend_patch.kernels.attention.case import ATTENTION_TYPES, DTYPES, STATES, SYSTEMS, Case
 from ascend_patch.kernels.attention.table import BAND_HEAD_SIZES, is_causal, reads_cache
 
-# 128 and 192 are documented for TND; 64 and 256 are not, and vllm-ascend serves with them.
+# 128 and 192 are documented for TND; 64 is not, and vllm-ascend serves with it. 256 goes in BSH.
 HEAD_SIZES = (64, 128, 192, 256)
 SINK_HEAD_SIZES = BAND_HEAD_SIZES
 LATENT_HEAD_SIZES = (512, 576)
@@ -92,7 +92,7 @@ REFUSALS = (
             case.head_size not in (*HEAD_SIZES, *LATENT_HEAD_SIZES) and not _by_fusion(case)
         ),
         "A head has {case.head_size} elements",
-        f"TND takes {', '.join(map(str, HEAD_SIZES))}",
+        f"the routes take {', '.join(map(str, HEAD_SIZES))}",
     ),
     Refusal(
         "fusion head size",

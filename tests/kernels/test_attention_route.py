@@ -176,7 +176,7 @@ def test_encoders_never_read_a_cache():
 
 
 def test_a_window_that_is_not_known_to_hide_nothing_is_kept():
-    wide = Case("decode", head_size=256, num_kv_heads=2, sliding_window=64)
+    wide = Case("decode", head_size=192, num_kv_heads=2, sliding_window=64)
     assert route(wide).row == "alone-window-cache"
     assert route(replace(wide, max_seq_len=65)).row == "alone-window-cache"
     assert route(replace(wide, max_seq_len=64)).row == "causal-cache"
@@ -184,7 +184,10 @@ def test_a_window_that_is_not_known_to_hide_nothing_is_kept():
 
 
 def test_what_cann_has_a_kernel_for_in_tnd():
-    """Its own code: 64 and 128; 192 in bfloat16, or grouped; 256 grouped; bands to 128."""
+    """Its own code: 64 and 128; 192 in bfloat16, or grouped; bands to 128.
+
+    256, even grouped, has a kernel in some CANN alone: another one's error names 192, 128 and 64.
+    """
     for head_size, group, dtype, window, layout in (
         (64, 1, "float16", 9, "TND"),
         (128, 8, "bfloat16", 9, "TND"),
@@ -194,7 +197,8 @@ def test_what_cann_has_a_kernel_for_in_tnd():
         (192, 1, "bfloat16", 9, "BSH"),
         (192, 4, "bfloat16", 9, "BSH"),
         (256, 1, "bfloat16", None, "BSH"),
-        (256, 4, "bfloat16", None, "TND"),
+        (256, 4, "bfloat16", None, "BSH"),
+        (256, 8, "float16", None, "BSH"),
         (256, 4, "bfloat16", 9, "BSH"),
     ):
         for state in STATES:
