@@ -13,7 +13,7 @@ from ascend_patch._finder import Finder, Watch
 from ascend_patch._guard import describe, ends_import
 from ascend_patch._installation import Installation
 from ascend_patch._plan import Decision
-from ascend_patch._registry import NOTHING, ORIGINAL, REFERENCE, Band, Target
+from ascend_patch._registry import NOTHING, ORIGINAL, REFERENCE, Target
 from ascend_patch._replacement import SeamError
 from ascend_patch._seams import make
 from ascend_patch._state import PatchState, ProcessState, TargetState
@@ -174,11 +174,10 @@ class Applier:
                         changed.append(f"{name}: {installation.target.id} is {found}")
         return changed
 
-    def find_kept(self, model: Any) -> list[str]:
-        """Look for layers of a model that were built before a target that came late, if one did.
+    def find_kept(self, model: Any) -> None:
+        """Look for layers of a model that were built before a target that came late.
 
-        Returns:
-            A sentence for each target that is not in force everywhere; the states say so too.
+        Nothing is looked at where no target did. The state and the log say what was found.
         """
         found = []
         for name, installations in self._installed.items():
@@ -191,9 +190,11 @@ class Applier:
                 if kept:
                     installation.kept = _late.sentence(kept, target.module, self._finder)
                     found.append(f"{name}: {target.id} is {installation.kept}")
+        for sentence in found:
+            _bootstrap.complain(sentence)
         if found:
             self.check()
-        return found
+            self._state.write()
 
     def _attach(self, patch: PatchState, targets: list[Target]) -> None:
         """Prepare every target, then change them all under the lock; or change none."""
@@ -202,7 +203,10 @@ class Applier:
             planned = []
             for target in targets:
                 target_id = target.id
-                _check_platform(self._decisions[patch.id].band)
+                band = self._decisions[patch.id].band
+                wrong = _devices.other_platform(band.devices) if band is not None else ""
+                if wrong:
+                    raise SeamError(wrong)
                 planned.append(self._prepare(patch, target))
             with self._lock:
                 # In the meantime another thread may have failed the patch, or taken it back.
@@ -280,21 +284,3 @@ class Applier:
                 self._state.patches[name].notes.append(
                     f"{module} had been imported before; objects built by then keep the original"
                 )
-
-
-def _check_platform(band: Band | None) -> None:
-    """Hold what was decided before the host was imported against the platform that it chose.
-
-    Raises:
-        SeamError: The band is for other devices.
-    """
-    active = _devices.active()
-    if band is None or not band.devices or not active:
-        return
-    # The emulated device is a CPU to vLLM.
-    fits = active in band.devices or (active == "cpu" and "emulated" in band.devices)
-    if not fits:
-        raise SeamError(
-            f"vLLM's platform is {active}, and this code is for {' and '.join(band.devices)}; "
-            f"{_devices.DEVICE_VARIABLE} can say which device it is"
-        )

@@ -141,3 +141,20 @@ def active() -> str:
     platform = vars(platforms).get("_current_platform") if platforms is not None else None
     found = getattr(platform, "device_type", "")
     return found if isinstance(found, str) else ""
+
+
+def other_platform(devices: tuple[str, ...]) -> str:
+    """What is wrong where vLLM chose another platform than was decided before it was imported.
+
+    Args:
+        devices: What the code is for; empty is any.
+    """
+    found = active()
+    # The emulated device is a CPU to vLLM.
+    fits = found in devices or (found == "cpu" and "emulated" in devices)
+    if not devices or not found or fits:
+        return ""
+    return (
+        f"vLLM's platform is {found}, and this code is for {' and '.join(devices)}; "
+        f"{DEVICE_VARIABLE} can say which device it is"
+    )

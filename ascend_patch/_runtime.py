@@ -186,7 +186,8 @@ class Runtime:
         """
         contain("a model was loaded", self._note_loaded)
         self.look_again()
-        contain("built layers were looked at", self._find_kept, model)
+        if self._applier is not None:
+            contain("built layers were looked at", self._applier.find_kept, model)
         self._refuse_if_strict()
         if self.tests_at_load and self._applier is not None:
             contain("patches were tested", self._test, self._applier, model)
@@ -195,12 +196,6 @@ class Runtime:
         self.state.facts["model_loaded"] = True
         if self.verification is not None:
             self.verification.model_is_loaded()
-
-    def _find_kept(self, model: Any) -> None:
-        if self._applier is not None:
-            for sentence in self._applier.find_kept(model):
-                _bootstrap.complain(sentence)
-                self.state.write()
 
     def _test(self, applier: Applier, model: Any) -> None:
         from ascend_patch import _selftest

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ascend_patch.kernels import arguments, dispatch
 from ascend_patch.kernels.kv_layout import merge_reference
-from ascend_patch.kernels.kv_layout.descriptors import whole_numbers
+from ascend_patch.kernels.kv_layout.checks import whole_numbers
 from ascend_patch.kernels.kv_layout.topology import HND, LAYOUTS
 
 OPERATOR = "merge_head_shards_"

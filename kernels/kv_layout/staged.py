@@ -19,18 +19,16 @@ import torch
 from torch import Tensor
 
 from ascend_patch.kernels import arguments
-from ascend_patch.kernels.kv_layout.descriptors import (
+from ascend_patch.kernels.kv_layout.checks import (
     LIMIT,
-    Descriptors,
     Ints,
-    Pairs,
     check_pairs,
     check_ranks,
     check_reach,
-    joined,
-    side_arrays,
+    check_within,
     whole_numbers,
 )
+from ascend_patch.kernels.kv_layout.descriptors import Descriptors, Pairs, joined, side_arrays
 from ascend_patch.kernels.kv_layout.geometry import PULL, Run
 from ascend_patch.kernels.kv_layout.plan import Plan, Transfer
 
@@ -251,7 +249,7 @@ def copy_staged(one: Round, regions: Sequence[Tensor], staging: Tensor) -> None:
     if not staging.is_contiguous():
         raise ValueError(f"staging must be contiguous; its strides are {staging.stride()}.")
     for part in one.copies:
-        _check_copy(part, regions, staging)
+        check_within(part, regions, staging)
     pull = one.ranges.direction == PULL
     for part in one.copies:
         cache = regions[part.region]
@@ -275,27 +273,6 @@ def copy_staged(one: Round, regions: Sequence[Tensor], staging: Tensor) -> None:
             rows[which[0], which[1]] = items
         else:
             items.copy_(rows[which[0], which[1]])
-
-
-def _check_copy(part: Copy, regions: Sequence[Tensor], staging: Tensor) -> None:
-    """Raise ValueError where a copy reaches past a region's storage, or past the buffer."""
-    if not 0 <= part.region < len(regions):
-        raise ValueError(f"There is no region {part.region}; {len(regions)} were given.")
-    cache = regions[part.region]
-    here = cache.untyped_storage().nbytes() - cache.storage_offset() * cache.element_size()
-    block, unit = (int(x.max()) if len(x) else 0 for x in (part.blocks, part.units))
-    within = (block, unit, part.count - 1)
-    reach = part.offset + sum(n * step for n, step in zip(within, part.steps, strict=True))
-    items = (len(part.blocks) - 1, part.count - 1)
-    buffered = part.staging_offset + sum(
-        n * step for n, step in zip(items, part.staging_steps, strict=True)
-    )
-    for name, end, size in (
-        (f"region {part.region}", reach + part.length, here),
-        ("the staging buffer", buffered + part.length, staging.numel() * staging.element_size()),
-    ):
-        if end > size:
-            raise ValueError(f"A copy ends at byte {end} of {name}, which has {size}.")
 
 
 def _integers(x: Tensor, width: int) -> Tensor:
