@@ -23,7 +23,7 @@ from tally import tally
 SCRIPT = Path(__file__).with_name("kv_flood.py")
 EVERYDAY, MANY = 5_000, 100_000
 # A listener takes some hundred connections a second from one machine.
-FEW = {"half-open": 500, "identities": 1_000}
+FEW = {"half-open": 500, "identities": 500}
 KINDS = (
     "ask",
     "unknown",
