@@ -229,7 +229,6 @@ class Claims:
 
 
 @pytest.mark.fault("planning_cost_is_unbounded")
-@pytest.mark.fault("internal_errors_are_sent_to_peers")
 def test_a_listener_survives_what_no_peer_should_send(new_world, kv_lab, seed) -> None:
     from kv_channel import Dealer, Process
 

@@ -203,8 +203,6 @@ MUTANTS = {
 }
 
 
-@pytest.mark.fault("write_in_flight_is_forgotten")
-@pytest.mark.fault("blocks_given_back_too_early")
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_scenario_passes_and_its_mutant_fails(new_world, monkeypatch, name) -> None:
     scenario, mutate = MUTANTS[name]

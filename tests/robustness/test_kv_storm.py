@@ -144,7 +144,6 @@ def test_a_partition_comes_in_between(new_world) -> None:
     finish(world, one, "a partition in between")
 
 
-@pytest.mark.fault("blocks_given_back_too_early")
 @pytest.mark.parametrize("same_ports", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_restart_comes_in_between(new_world, same_ports) -> None:
     world = new_world(1, 1)
