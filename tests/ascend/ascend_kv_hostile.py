@@ -221,7 +221,10 @@ def ipv6(seed: int) -> dict[str, Any]:
     """A pull from a prefill server that has an IPv6 address, and a port that is taken."""
     usual, host.get_ip = host.get_ip, lambda: "::1"
     try:
-        pair = Pair(1, 1, 2, seed=seed)
+        try:
+            pair = Pair(1, 1, 2, seed=seed)
+        except RuntimeError as error:
+            return {"refused": str(error)}
         pair.offer("six")
         found = pulled(pair, "six", REMOTE, remote_host="::1")
         found["right"] = pair.right(LOCAL, REMOTE)
