@@ -65,6 +65,7 @@ def check(
     if out is not None:
         arguments.check_written("out", out)
         read = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
+        read |= {"state": state, "initial_state": initial_state}
         arguments.check_apart("out", out, read)
     _check_states(k, v, state_layout, state, state_indices, has_initial_state, initial_state)
 

@@ -60,7 +60,9 @@ def check(
         arguments.check_written("conv_state", conv_state)
     if out is not None:
         arguments.check_written("out", out)
-        arguments.check_apart("out", out, {"weight": weight, "bias": bias})
+        arguments.check_apart(
+            "out", out, {"weight": weight, "bias": bias, "conv_state": conv_state}
+        )
     return activation in _SILU
 
 

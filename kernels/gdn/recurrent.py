@@ -151,6 +151,9 @@ def recurrent_gated_delta_rule(
     if scale is not None:
         scale = arguments.check_number("scale", scale)
     recurrent_checks.check(q, k, v, state, state_layout, out)
+    if out is not None:
+        read = {"state": state, "g": g, "beta": beta, "a": a, "b": b}
+        arguments.check_apart("out", out, {**read, "A_log": A_log, "dt_bias": dt_bias})
     decay, weight = recurrent_checks.check_gates(v, (g, beta), (a, b, A_log, dt_bias))
     requests = recurrent_checks.check_requests(
         q.shape[1], state_indices, cu_seqlens, num_accepted_tokens, state.shape[0]

@@ -599,6 +599,8 @@ def shares_a_slot(a: Arguments) -> bool:
 
 def check_ranges(a: Arguments, found: Any) -> None:
     plan = a["plan"]
+    if len(set(a["decode_bases"])) < len(a["decode_bases"]):
+        return  # two regions in one place, as the caller says
     for side, name in ((plan.topology.prefill, "prefill"), (plan.topology.decode, "decode")):
         sizes = side.regions(a[f"{name}_rank"])
         inside = [
@@ -696,8 +698,9 @@ def _other_tensor(a: Arguments, x: Tensor) -> tuple[str, Any]:
         "a number": lambda: random.choice(NUMBERS),
         "memory of another": lambda: _aliased(a, x),
     }
-    if x is a.get("g"):
-        # A decay above 0 is none: sums grow until roundings are all that is left of them.
+    if any(x is a.get(name) for name in ("g", "state", "conv_state")):
+        # A decay above 0 is none: sums grow until roundings are all that is left of them. Caches
+        # are held against outputs alone: each look costs every step of a server.
         del kinds["memory of another"]
     if x.dtype in (torch.int32, torch.int64, torch.bool) and x.numel():
         kinds |= {
@@ -721,7 +724,8 @@ def _aliased(a: Arguments, x: Tensor) -> Tensor:
         for o in a.values()
         if isinstance(o, Tensor) and o.dtype == x.dtype and o.numel() >= x.numel()
     ]
-    other = random.choice([*others, x])
+    caches = [a.get(name) for name in ("state", "conv_state")]
+    other = random.choice([*(o for o in others if not any(o is c for c in caches)), x])
     if not other.is_contiguous():
         return x
     room = other.numel() - x.numel()
