@@ -7,6 +7,7 @@ import gc
 import io
 import os
 import threading
+import time
 
 import torch
 import torch_npu
@@ -318,6 +319,32 @@ def graph_is_captured_and_replayed():
     kept = y.clone()
     graph.replay()
     assert (kept.tolist(), y.tolist()) == ([13.0] * 4, [21.0] * 4)
+
+
+@check
+def graph_waits_for_the_update_of_its_task_groups():
+    """The host asks for a replay and updates it afterwards; another thread wants its results."""
+    x, y = torch.ones(4, device=NPU), torch.zeros(4, device=NPU)
+    graph, update = torch.npu.NPUGraph(), torch.npu.Stream()
+    torch.npu.synchronize()
+    with torch.npu.graph(graph):
+        stream = torch.npu.current_stream()
+        torch.npu.graph_task_group_begin(stream)
+        torch.add(x, 5, out=y)
+        handle = torch.npu.graph_task_group_end(stream)
+        z = y * 2
+    for added in (7, 9):
+        graph.replay()
+        found = []
+        other = threading.Thread(target=lambda found=found: found.append(z.cpu().tolist()))
+        other.start()
+        time.sleep(0.3)
+        with torch.npu.stream(update):
+            torch.npu.graph_task_update_begin(update, handle)
+            torch.add(x, added, out=y)
+            torch.npu.graph_task_update_end(update)
+        other.join(60)
+        assert found == [[2.0 * (1 + added)] * 4], found
 
 
 @check

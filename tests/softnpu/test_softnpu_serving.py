@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -65,6 +66,41 @@ def test_patched_and_unpatched_say_the_same(answers):
     ]
     # bfloat16 may decide a near tie either way.
     assert sum(same) >= len(same) - 2, same
+
+
+# What is added to a server's arguments, and the variables that it needs.
+FORMS = {
+    "FULL_DECODE_ONLY": ("FULL_DECODE_ONLY", 1),
+    "PIECEWISE": ("PIECEWISE", 1),
+    "TP 2": (None, 2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("patches", ["", "all"], ids=["unpatched", "patched"])
+def test_graphs_and_two_ranks_say_the_same(npu, model, folder, references, form, patches):
+    graphs, ranks = FORMS[form]
+    name = f"{form}-{patches or 'unpatched'}".replace(" ", "-")
+    arguments = ["--tensor-parallel-size", str(ranks)]
+    if graphs:
+        sizes = {"cudagraph_mode": graphs, "cudagraph_capture_sizes": [1, 2, 4]}
+        # Later options win; the fused operator of the default needs Triton, which is not here.
+        arguments += ["--no-enforce-eager", "--compilation-config", json.dumps(sizes)]
+        options = {"enable_npugraph_ex": False, "fuse_qknorm_rope": False}
+        more = {"ascend_compilation_config": options}
+        arguments += ["--additional-config", json.dumps(more)]
+    one = server(npu, model, folder / name, *arguments, patches=patches, devices=ranks)
+    with started({name: one}):
+        said = ask(one, TEXTS)
+    log = (folder / name / "log.txt").read_text(errors="replace")
+    assert ("Replaying aclgraph" in log) == bool(graphs)
+    exact, rounded = references
+    found, noise = exact.distance(said), exact.distance_of(rounded, said)
+    print(f"{name}: {found} from float32; transformers in bfloat16: {noise}")
+    assert found.root_mean_square <= 1.25 * noise.root_mean_square
+    if patches:
+        assert calls(npu, folder / name)["attention_router"] > 0
 
 
 @pytest.mark.slow

@@ -6,11 +6,15 @@
 //
 // A replay is asynchronous: the host may ask for it and update task groups afterwards, behind an
 // external event that the graph waits for. So a replay waits in a queue until somebody needs its
-// results (softnpu_flush), and stops at events that have not been recorded.
+// results (softnpu_flush), and stops at events that have not been recorded. torch_npu 2.10.0 loses
+// the captured wait (it makes such an event when it is first recorded), so a replay also waits for
+// the thread that asked for it to update the task groups, when another thread needs the results.
 //
 // A difference to an NPU: what is captured has also run once.
 #include "runtime.h"
 
+#include <chrono>
+#include <condition_variable>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -34,6 +38,7 @@ struct Item {
 
 struct List {
   std::vector<Item> items;
+  bool fresh = false;  // of a task group: updated since it ran last; guarded by queue_lock
   List() = default;
   List(const List &) = delete;
   ~List() {
@@ -59,10 +64,35 @@ thread_local bool replaying_here = false;
 
 // The graph that some thread captures; torch_npu captures one at a time.
 List *active_capture = nullptr;
+struct Replay {
+  List *graph;
+  std::thread::id asked_by;
+};
 std::mutex queue_lock;
-std::deque<List *> queue;    // replays that were asked for, oldest first
+std::condition_variable queue_signal;
+std::deque<Replay> queue;    // replays that were asked for, oldest first
+constexpr std::chrono::seconds kLongestUpdate{5};  // then a replay runs as it was
 std::mutex replay_lock;      // held by the thread that runs them
 bool replay_running = false; // guarded by queue_lock
+
+// Whether this thread may run the oldest replay. `queue_lock` is held.
+bool may_run() {
+  if (queue.empty() || queue.front().asked_by == std::this_thread::get_id()) return true;
+  for (const Item &item : queue.front().graph->items)
+    if (item.group && !item.group->fresh) return false;
+  return true;
+}
+
+// Whether it came to that; if not, the replay's own thread does not mean to update it.
+bool wait_for_updates() {
+  {
+    std::lock_guard<std::mutex> held(queue_lock);
+    if (may_run()) return true;
+  }
+  softnpu::WithoutInterpreterLock released;
+  std::unique_lock<std::mutex> held(queue_lock);
+  return queue_signal.wait_for(held, kLongestUpdate, may_run);
+}
 
 bool nothing_to_do() {
   std::lock_guard<std::mutex> held(queue_lock);
@@ -116,6 +146,7 @@ EXPORT void softnpu_record(void (*run)(void *), void (*destroy)(void *), void *d
 EXPORT void softnpu_flush() {
   // Calls of a replay get here as well, and so does the update that a replay waits for.
   if (replaying_here || updated || nothing_to_do()) return;
+  const bool updates_came = wait_for_updates();
   std::unique_lock<std::mutex> running(replay_lock, std::try_to_lock);
   if (!running.owns_lock()) {
     softnpu::WithoutInterpreterLock released;
@@ -132,17 +163,20 @@ EXPORT void softnpu_flush() {
         replay_running = replaying_here = on;
       }
     } mark(true);
+    bool first = true;
     for (;;) {
       List *next;
       {
         std::lock_guard<std::mutex> held(queue_lock);
-        if (queue.empty()) break;
-        next = queue.front();
+        if (queue.empty() || !(may_run() || (first && !updates_came))) break;
+        next = queue.front().graph;
         queue.pop_front();
+        for (Item &item : next->items)
+          if (item.group) item.group->fresh = false;
       }
+      first = false;
       next->run();
     }
-    return;
   }
   softnpu_flush();
 }
@@ -211,6 +245,9 @@ EXPORT aclError aclmdlRICaptureTaskUpdateEnd(aclrtStream) {
   }
   group->items.swap(made->items);
   delete made;
+  std::lock_guard<std::mutex> held(queue_lock);
+  group->fresh = true;
+  queue_signal.notify_all();
   return ACL_SUCCESS;
 }
 
@@ -219,7 +256,7 @@ EXPORT aclError aclmdlRICaptureTaskUpdateEnd(aclrtStream) {
 EXPORT aclError aclmdlRIExecuteAsync(aclmdlRI graph, aclrtStream) {
   if (!graph) return fail(ACL_ERROR_RT_PARAM_INVALID, "the graph is null");
   std::lock_guard<std::mutex> held(queue_lock);
-  queue.push_back(static_cast<List *>(graph));
+  queue.push_back({static_cast<List *>(graph), std::this_thread::get_id()});
   return ACL_SUCCESS;
 }
 EXPORT aclError aclmdlRIDestroy(aclmdlRI graph) {
