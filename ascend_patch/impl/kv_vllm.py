@@ -17,9 +17,10 @@ from ascend_patch.impl import (
     kv_vllm_bootstrap,
     kv_vllm_caches,
     kv_vllm_engine,
+    kv_vllm_process,
     kv_vllm_wire,
 )
-from ascend_patch.impl.kv_vllm_listen import Listener, ListenError
+from ascend_patch.impl.kv_vllm_listen import Listener, ListenError, cannot_listen
 from ascend_patch.impl.kv_vllm_receive import Receiver
 from ascend_patch.impl.kv_vllm_send import Sender
 from ascend_patch.impl.kv_vllm_wire import log
@@ -117,6 +118,10 @@ def _listen(worker: Any, side: Any, model: str, views: list[Any]) -> None:
 
     timeout = float(envs.VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT)
     sender = Sender(worker, side, model, timeout=timeout, new_request=new_request, views=views)
+    try:
+        sender.said[kv_vllm_wire.PROCESS_PORT] = kv_vllm_process.port(worker.hostname)
+    except OSError as refused:
+        raise cannot_listen(worker, refused) from refused
     setattr(worker, SENDER, sender)
     ready = threading.Event()
     listening = asyncio.run_coroutine_threadsafe(Listener(worker).run(ready), worker.sender_loop)

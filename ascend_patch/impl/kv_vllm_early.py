@@ -156,7 +156,9 @@ async def _receive(worker: Any, path: str, req_blocks: list[tuple[str, list[int]
     finally:
         link.close()
     if lost:
-        await kv_vllm_quarantine.until_ended(path)
+        # This protocol has no field for another port. A shutdown that closes this one while a push
+        # is under way is taken for an end.
+        await kv_vllm_quarantine.until_ended(lambda: kv_vllm_quarantine.has_ended(path))
     _finish(worker, req_blocks)
 
 

@@ -173,6 +173,16 @@ async def _addresses(host: str, port: int) -> list[str]:
     return [str(where[0]) for *_, where in found]
 
 
+async def is_reached(address: str) -> bool:
+    """Whether a process accepts connections at an address."""
+    host, port = kv_limits.endpoint("the address of a prefill rank", address)
+    try:
+        found = [host] if _is_literal(host) else await _addresses(host, port)
+        return not all([await _is_refused(one, port) for one in found])
+    except (OSError, asyncio.TimeoutError):
+        return False
+
+
 async def _is_refused(address: str, port: int) -> bool:
     try:
         _, writer = await asyncio.wait_for(asyncio.open_connection(address, port), PROBE_S)

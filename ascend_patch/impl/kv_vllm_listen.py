@@ -27,6 +27,19 @@ class ListenError(RuntimeError):
     """An address cannot be listened to; the message is a sentence."""
 
 
+def _address(host: str) -> str:
+    return f"tcp://{kv_limits.session(host, 0).removesuffix(':0')}"
+
+
+def cannot_listen(worker: Any, error: Exception) -> ListenError:
+    """What to say where the worker's address cannot be bound."""
+    return ListenError(
+        f"The Mooncake connector's rank {worker.tp_rank} cannot listen at "
+        f"{_address(worker.hostname)} ({getattr(error, 'strerror', error)}); "
+        "VLLM_HOST_IP must name an address of this machine."
+    )
+
+
 class Listener:
     """Receives for `worker`, the host's MooncakeConnectorWorker, in its sender loop."""
 
@@ -70,7 +83,7 @@ class Listener:
     def _bind(self, port: int = 0) -> Any:
         host = self.worker.hostname
         sock = self.worker.async_zmq_ctx.socket(zmq.ROUTER)
-        address = f"tcp://{kv_limits.session(host, 0).removesuffix(':0')}"
+        address = _address(host)
         try:
             for name, value in (KEEPALIVE | {"MAXMSGSIZE": kv_limits.MAX_MESSAGE}).items():
                 sock.setsockopt(getattr(zmq, name), value)
@@ -81,10 +94,7 @@ class Listener:
                 self.worker.side_channel_port = sock.bind_to_random_port(address)
         except zmq.ZMQError as error:
             sock.close(0)
-            raise ListenError(
-                f"The Mooncake connector's rank {self.worker.tp_rank} cannot listen at {address} "
-                f"({error.strerror}); VLLM_HOST_IP must name an address of this machine."
-            ) from error
+            raise cannot_listen(self.worker, error) from error
         return sock
 
     async def _bind_again(self) -> Any:

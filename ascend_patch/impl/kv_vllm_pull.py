@@ -116,7 +116,7 @@ class Pull:
                 log.exception("%s: %s cannot be asked whether it still writes", self.name, one.name)
                 if not one.doubtful:
                     return
-                await kv_vllm_quarantine.until_ended(one.link.address)
+                await kv_vllm_quarantine.until_ended(one.has_ended)
                 one.doubtful = False
 
     @property

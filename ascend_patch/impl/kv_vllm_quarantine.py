@@ -4,22 +4,24 @@ A request ends in a bounded time; a block goes back when its writer has ended, h
 takes. That a writer has ended is known from:
 
 - `done` or `failed` of the same attempt, from the process that accepted it (its nonce);
-- its host, where that refuses connections to the writer's address twice, `SETTLE_S` apart: the
-  process is gone, and what it had written to a socket has been read.
+- its host, where that refuses connections twice, `SETTLE_S` apart, to a port that was reached
+  before and is open as long as the process is there (`kv_vllm_process`): the process is gone, and
+  what it had written to a socket has been read.
 
 Nothing else is evidence: no silence, no lost connection, no answer that cannot be read, no other
-nonce. Until then the writer is asked again, in longer and longer intervals.
+nonce, and no side channel that refuses, which a shutdown closes while pushes go on. Until then the
+writer is asked again, in longer and longer intervals.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ascend_patch.impl import kv_vllm_link
+from ascend_patch.impl import kv_limits, kv_vllm_link
 from ascend_patch.impl.kv_vllm_wire import log
 
 # After a peer is gone: what it had written to a socket may still be read from it.
@@ -114,22 +116,54 @@ class Quarantine:
         await asyncio.get_running_loop().run_in_executor(None, state.write)
 
 
+class Process:
+    """A prefill process; made when it is first heard.
+
+    Args:
+        side_channel: Where it listens, as tcp://host:port.
+        nonce: Which the process drew.
+        port: Which is open for as long as it is there; None if it has none (ascend-patch 0.1.0).
+    """
+
+    def __init__(self, side_channel: str, nonce: object, port: int | None) -> None:
+        self.nonce, self.port = nonce, port
+        host, _ = kv_limits.endpoint("the address of a prefill rank", side_channel)
+        self._address = "" if port is None else f"tcp://{kv_limits.session(host, port)}"
+        self._reached = False
+        # It may be gone by the time that somebody asks.
+        self._reaching = asyncio.ensure_future(self._reach())
+
+    async def _reach(self) -> None:
+        if self._address and not self._reached:
+            self._reached = await kv_vllm_link.is_reached(self._address)
+
+    async def has_ended(self) -> bool:
+        """Whether it is known to have ended."""
+        if not self._reached:
+            await self._reach()
+        # What was never reached may be refused by a firewall.
+        return self._reached and await has_ended(self._address)
+
+
 async def has_ended(address: str) -> bool:
-    """Whether a writer is known to have ended, because its host refuses connections to it."""
+    """Whether its host refuses connections to an address, now and `SETTLE_S` later."""
     if not await kv_vllm_link.is_refused(address):
         return False
     await asyncio.sleep(SETTLE_S)
     return await kv_vllm_link.is_refused(address)
 
 
-async def until_ended(address: str, ask: Callable[[], Any] | None = None) -> None:
+async def until_ended(
+    ended: Callable[[], Awaitable[bool]], ask: Callable[[], Awaitable[bool]] | None = None
+) -> None:
     """Wait until a writer has ended; its connection is lost.
 
     Args:
+        ended: Looks whether it is known to.
         ask: Asks it over a new connection, and returns whether it says so; None: it cannot be.
     """
     pause = FIRST_PAUSE_S
-    while not await has_ended(address):
+    while not await ended():
         if ask is not None and await ask():
             return
         await asyncio.sleep(pause)

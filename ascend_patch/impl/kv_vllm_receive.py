@@ -15,9 +15,9 @@ import msgspec
 
 from ascend_patch.impl import kv_handshake, kv_settings, kv_vllm_bootstrap
 from ascend_patch.impl.kv_vllm_pull import Pull
-from ascend_patch.impl.kv_vllm_quarantine import Quarantine
+from ascend_patch.impl.kv_vllm_quarantine import Process, Quarantine
 from ascend_patch.impl.kv_vllm_talk import REPEAT_S, PullError
-from ascend_patch.impl.kv_vllm_wire import ASK, Ask, log
+from ascend_patch.impl.kv_vllm_wire import ASK, PROCESS_PORT, Ask, log
 from ascend_patch.kernels.kv_layout import Merge, Plan, Side, merge_head_shards_
 
 SAME_S = 0.2
@@ -49,6 +49,7 @@ class Receiver:
         retries: Attempts after the first one.
         repeat: Seconds after which what had no answer is said again.
         patched: Prefill servers that were seen to have ascend_patch.
+        processes: The ranks of those, by engine id and address.
         quarantine: Blocks that are kept although their requests have ended.
         views: The rank's regions as tensors; see `kv_vllm_caches.Region`.
     """
@@ -70,6 +71,7 @@ class Receiver:
         self.said, self.model = kv_handshake.say(side, model), model
         self.views = views
         self.patched: Recent[bool] = Recent()
+        self.processes: Recent[Process] = Recent()
         self._agents: Recent[dict[int, str]] = Recent()
         self._queries: Recent[tuple[float, Any]] = Recent()
         self._tasks: set[Any] = set()
@@ -133,6 +135,14 @@ class Receiver:
                 engine,
                 *names,
             )
+
+    def process(self, place: str, address: str, told: dict[str, Any]) -> Process:
+        """The prefill process that says this of itself; `told` is checked."""
+        found = self.processes.get(place)
+        if found is None or (found.nonce, found.port) != (told["nonce"], told.get(PROCESS_PORT)):
+            found = Process(address, told["nonce"], told.get(PROCESS_PORT))
+            self.processes[place] = found
+        return found
 
     def side_of(self, tp: int) -> Side:
         """What a prefill server of this TP size is, until it says so itself."""

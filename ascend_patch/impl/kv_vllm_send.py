@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -42,7 +43,7 @@ from ascend_patch.kernels.kv_layout import Plan, Side
 # How many attempts may be under way; and how many are remembered after they ended, and requests
 # after their blocks were freed, so that a late message about one gets a true answer.
 REMEMBERED = 4096
-POLL_S = 1.0
+POLL_S, EXPIRE_S = 1.0, 0.001
 
 
 class Sender:
@@ -67,6 +68,7 @@ class Sender:
         self.said = kv_handshake.say(side, model) | {"nonce": self.nonce}
         self.new_request = new_request
         self.memory = Records(worker.reqs_need_send, REMEMBERED)
+        self._expiring = asyncio.Lock()
         self.jobs, self.records = self.memory.jobs, self.memory.requests
 
     async def handle(self, identity: bytes, socket: Any, ask: Any) -> None:
@@ -178,9 +180,15 @@ class Sender:
             if record.gone or job.transfer not in self.worker.reqs_need_send:
                 raise PushError(record.gone or "its blocks were freed, because nobody fetched them")
             if time.monotonic() > deadline:
-                raise PushError(f"nothing happened for {self.timeout:.0f} s")
+                # Thousands may reach it together: one at a time, and others between them.
+                async with self._expiring:
+                    await asyncio.sleep(EXPIRE_S)
+                if not event.is_set():
+                    raise PushError(f"nothing happened for {self.timeout:.0f} s")
+                continue
             try:
-                await asyncio.wait_for(event.wait(), POLL_S)
+                # Those that began together do not look together.
+                await asyncio.wait_for(event.wait(), POLL_S * random.uniform(0.75, 1.25))
             except asyncio.TimeoutError:
                 continue
         if job.given_up:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
 import time
 from typing import Any
+
+import msgspec
 
 from ascend_patch.impl import (
     kv_handshake,
@@ -21,6 +24,7 @@ from ascend_patch.impl.kv_vllm_wire import (
     DONE,
     FAILED,
     GO,
+    PROCESS_PORT,
     READY,
     RESTARTED,
     Ask,
@@ -63,6 +67,7 @@ class Conversation:
         # An unpatched peer does not ask before it writes.
         self.doubtful = bool(ask.remote_hostname and pull.blocks)
         self.pushed = asyncio.Event()
+        self.process: kv_vllm_quarantine.Process | None = None
 
     @property
     def name(self) -> str:
@@ -87,7 +92,7 @@ class Conversation:
                 raise PullError(str(error), again=True) from error
             if answer is None:
                 # An unpatched peer would take it for a second request; it is asked once.
-                if self.told is not None or not self.ask.remote_hostname:
+                if self.told is not None or not self.ask.remote_hostname or self._is_patched():
                     log.debug("%s: no word from %s; saying it again", self.pull.name, self.name)
                     await self.link.send(message)
                 continue
@@ -108,9 +113,15 @@ class Conversation:
             return ""
         state = str(ours.get("state"))
         if self.told is None:
+            try:
+                self.told = _identity(ours)
+            except kv_limits.LimitError as error:
+                # Kept, it would be said back for ever to a process that does not know it.
+                log.debug("%s: an answer of %s is ignored: %s", self.pull.name, self.name, error)
+                return ""
             # It asks before it writes.
             self.doubtful = False
-            self.told = {name: ours[name] for name in ("nonce", "job") if name in ours}
+            self.process = self.pull.receiver.process(self._place, self.link.address, self.told)
             self._meet(ours, answer)
         elif ours.get("nonce") != self.told.get("nonce"):
             # Whoever says so, the process that may write has not.
@@ -159,8 +170,23 @@ class Conversation:
                 "transfer": self.pull.transfer,
                 "rank": self.ask.remote_tp_rank,
             }
-            | (self.told or {}),
+            | {name: one for name, one in (self.told or {}).items() if name != PROCESS_PORT},
         )
+
+    @property
+    def _place(self) -> str:
+        return f"{self.pull.meta.remote_engine_id} {self.link.address}"
+
+    def _is_patched(self) -> bool:
+        """Whether the rank that was asked is known, from other requests, to have ascend_patch."""
+        return self._place in self.pull.receiver.processes
+
+    async def has_ended(self) -> bool:
+        """Whether the peer, whose connection is lost, is known to write no more."""
+        if self.process is None:
+            # A patched one that was not heard was not allowed to write.
+            return self._is_patched()
+        return await self.process.has_ended()
 
     async def give_up(self, *, last: bool) -> None:
         """Tell the peer, wait until it is known to write no more, and hang up.
@@ -178,7 +204,7 @@ class Conversation:
                 log.warning("%s: %s while it may be writing", self.pull.name, error)
                 self.link.close()
                 ask = self._ask_again if self.told is not None else None
-                await kv_vllm_quarantine.until_ended(self.link.address, ask)
+                await kv_vllm_quarantine.until_ended(self.has_ended, ask)
                 self.doubtful = False
         finally:
             self.link.close()
@@ -194,10 +220,19 @@ class Conversation:
             if self.told is not None:
                 # Its last word may be lost; asked about what it was allowed, it says it again.
                 await self.link.send(self._message(GO))
+            else:
+                # The first word may be lost. An unpatched peer refuses this one, whatever it does
+                # meanwhile; a patched one answers, and does not write before it is allowed to.
+                await self.link.send(self._harmless())
             pause = min(1.5 * pause, kv_vllm_quarantine.LONGEST_PAUSE_S)
             # A connection may seem to live that has no other end any more.
             if pause > PROBE_AFTER_S and await kv_vllm_link.is_refused(self.link.address):
                 raise LostError(f"{self.link.address} refuses connections")
+
+    def _harmless(self) -> Ask:
+        again = copy.copy(self.ask)
+        again.remote_hostname = msgspec.UNSET
+        return again
 
     async def _ask_again(self) -> bool:
         """Ask over a new connection whether it still writes: the old one may have been cut."""
@@ -226,6 +261,20 @@ class Conversation:
             return self._hear(answer) != DONE and self.doubtful
         except PullError:
             return self.doubtful
+
+
+def _identity(ours: dict[str, Any]) -> dict[str, Any]:
+    """What an answer says of its process and job; ascend-patch 0.1.0 has no job and no port.
+
+    Raises:
+        LimitError: It is not what it must be.
+    """
+    found: dict[str, Any] = {"nonce": kv_limits.text("nonce", ours.get("nonce"), 64)}
+    if "job" in ours:
+        found["job"] = kv_limits.whole("job", ours["job"], 0, 2**63 - 1)
+    if PROCESS_PORT in ours:
+        found[PROCESS_PORT] = kv_limits.port(PROCESS_PORT, ours[PROCESS_PORT])
+    return found
 
 
 def _sentence(found: str | None) -> str:

@@ -33,6 +33,8 @@ from ascend_patch.impl import kv_limits
 
 ASK, GO, CANCEL = "ask", "go", "cancel"
 ACCEPTED, READY, DONE, FAILED = "accepted", "ready", "done", "failed"
+# Comes with each answer: see `kv_vllm_process`.
+PROCESS_PORT = "process_port"
 
 # Of an attempt that another process accepted. From ascend-patch 0.1.0 also of one that it has
 # forgotten and may be writing for: it says nothing about whether somebody writes.

@@ -106,7 +106,12 @@ class Prefill:
         self.port = self.socket.bind_to_random_port("tcp://127.0.0.1")
         world.addresses[0] = f"tcp://127.0.0.1:{self.port}"
         self.heard: list[tuple[bytes, dict[str, Any]]] = []
-        self.said = kv_handshake.say(world.prefill[0].side, "model") | {"nonce": "n", "job": 1}
+        self.said = kv_handshake.say(world.prefill[0].side, "model") | {
+            "nonce": "n",
+            "job": 1,
+            # Here a process ends when its side channel does.
+            "process_port": self.port,
+        }
 
     def __enter__(self) -> Prefill:
         return self

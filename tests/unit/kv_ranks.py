@@ -190,6 +190,9 @@ class World:
         )
         self.listening.append(asyncio.ensure_future(listen(ready)))
         await wait_until(ready.is_set)
+        if self.patched[0]:
+            # Here a process ends when its side channel does.
+            sender.said["process_port"] = worker.side_channel_port
 
     async def __aexit__(self, *error: object) -> None:
         for task in self.listening:

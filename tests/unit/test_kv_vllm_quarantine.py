@@ -94,5 +94,9 @@ def test_a_port_that_is_refused_once_is_no_end(monkeypatch) -> None:
     monkeypatch.setattr(kv_vllm_link, "is_refused", is_refused)
     monkeypatch.setattr(kv_vllm_quarantine, "SETTLE_S", 0.01)
     monkeypatch.setattr(kv_vllm_quarantine, "FIRST_PAUSE_S", 0.01)
-    asyncio.run(asyncio.wait_for(kv_vllm_quarantine.until_ended("tcp://h:1"), 5))
+
+    async def ended() -> bool:
+        return await kv_vllm_quarantine.has_ended("tcp://h:1")
+
+    asyncio.run(asyncio.wait_for(kv_vllm_quarantine.until_ended(ended), 5))
     assert not answers
