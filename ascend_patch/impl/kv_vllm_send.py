@@ -141,6 +141,9 @@ class Sender:
         except Exception:
             log.exception("%s: pushing failed", job.name)
             await self._tell(job, FAILED, INTERNAL)
+        finally:
+            # A cancelled task keeps its frames, and they what the attempt asked for.
+            job.task = None
         if job.cancelled:
             self.serve(job.transfer, job.rank, job.state == DONE)
 
@@ -149,6 +152,8 @@ class Sender:
         before, record.jobs[rank] = record.jobs.get(rank), job
         if before is not None:
             await self._stop(before, last=False)
+        # A cancelled task keeps its frames, and so would each attempt all that were before it.
+        del before
         if record.served.get(rank):
             if record.wrote.get(rank) == question.digest:
                 return  # The answer to its last attempt was lost; what it asked for lies there.

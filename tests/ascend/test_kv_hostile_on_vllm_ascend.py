@@ -1,7 +1,7 @@
 """MooncakeConnectorV1 of four vllm-ascend releases: hostile peers, random requests, storms.
 
 What each case shows is in `ascend_kv_shown`; the everyday run has the same cases on a stand-in
-(`tests/robustness/test_kv_ascend.py`).
+(`tests/robustness/test_kv_of_vllm_ascend.py`).
 """
 
 from __future__ import annotations

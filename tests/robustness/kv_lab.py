@@ -72,7 +72,7 @@ def kv_lab(monkeypatch: pytest.MonkeyPatch, kv_log: Lines) -> Iterator[Lab]:
     import kv_ranks
     import torch
     from kv_clock import virtual_time
-    from kv_world import EXPIRE_S
+    from kv_simulation import EXPIRE_S
 
     from ascend_patch.impl import kv_vllm_send
 

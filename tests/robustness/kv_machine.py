@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from kv_changes import ANSWERS, ASKS, Change, flip
 from kv_channel import Fate
-from kv_world import EXPIRE_S, GRACE_S, PULL_S, Fortune, Request, SimWorld
+from kv_simulation import EXPIRE_S, GRACE_S, PULL_S, Fortune, Request, SimWorld
 
 # What a world gets to become quiet, in virtual seconds: a pull, and what a prefill rank keeps.
 QUIET_S = PULL_S + GRACE_S + EXPIRE_S + 30

@@ -42,7 +42,7 @@ encode = msgspec.msgpack.Encoder().encode
 
 @pytest.fixture
 def new_world(kv_lab, monkeypatch) -> Iterator[Any]:
-    from kv_world import SimWorld
+    from kv_simulation import SimWorld
 
     from ascend_patch.impl import kv_vllm_send
 
@@ -334,7 +334,7 @@ def test_a_pull_survives_what_no_peer_should_answer(new_world, kv_lab, seed) -> 
     with Memory() as memory:
         while tried < EACH_SIDE:
             # A write that stalls: until it ends the blocks are not given back.
-            from kv_world import Fortune
+            from kv_simulation import Fortune
 
             world.prefill[0].engine.threads.fortunes.append(Fortune(stalls=True))
             one = world.request(1, 0.0, 0.0)

@@ -19,7 +19,7 @@ World = Any
 
 @pytest.fixture
 def new_world(kv_lab) -> Iterator[Callable[..., World]]:
-    from kv_world import SimWorld
+    from kv_simulation import SimWorld
 
     made: list[World] = []
 
@@ -34,7 +34,7 @@ def new_world(kv_lab) -> Iterator[Callable[..., World]]:
 
 def stall(world: World, size: int = 2) -> Any:
     """A request whose push stops half-way."""
-    from kv_world import Fortune
+    from kv_simulation import Fortune
 
     before = len(world.writes)
     world.prefill[0].engine.threads.fortunes.append(Fortune(stalls=True))
@@ -102,7 +102,7 @@ def partition(world: World) -> None:
 
 def cap(world: World) -> None:
     """Blocks are kept for writers that stopped, until no more may be; then a pull is refused."""
-    from kv_world import QUARANTINE
+    from kv_simulation import QUARANTINE
 
     limit, held = int(QUARANTINE * 9), 0
     while held < limit:

@@ -22,7 +22,7 @@ LONG_S = 150.0
 @pytest.fixture
 def new_world(kv_lab, monkeypatch) -> Iterator[Any]:
     """Makes worlds in which a prefill rank remembers as much as in production."""
-    from kv_world import SimWorld
+    from kv_simulation import SimWorld
 
     from ascend_patch.impl import kv_vllm_send
 
@@ -40,7 +40,7 @@ def new_world(kv_lab, monkeypatch) -> Iterator[Any]:
 
 def stall(world: Any, *, ranks: int = 1) -> Any:
     """A request whose pushes stop half-way on so many prefill ranks."""
-    from kv_world import Fortune
+    from kv_simulation import Fortune
 
     for rank in world.prefill[:ranks]:
         rank.engine.threads.fortunes.append(Fortune(stalls=True))
@@ -101,7 +101,7 @@ def test_a_write_in_flight_survives_five_thousand_newer_attempts(new_world, live
 @pytest.mark.parametrize("retries", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_the_retries_are_used_up_while_a_write_is_in_flight(new_world, retries) -> None:
     world = new_world(2, 1, retries=retries)
-    from kv_world import Fortune
+    from kv_simulation import Fortune
 
     # The other rank fails each attempt, so that the pull fails as a whole.
     world.prefill[1].engine.threads.fortunes.extend(Fortune(code=-1) for _ in range(9))
