@@ -209,8 +209,8 @@ def one_sample(op, sample, counts: Counter) -> None:
         counts["in place"] += 1
 
 
-def main(samples: int, seed: int) -> None:
-    """Print counts and failures as JSON, of so many samples of each operator."""
+def main(samples: int, seed: int, *only: str) -> None:
+    """Print counts and failures as JSON, of so many samples of each operator, or of those named."""
     counts: Counter = Counter()
     failed: dict[str, str] = {}
     unchecked: dict[str, str] = {}
@@ -218,6 +218,8 @@ def main(samples: int, seed: int) -> None:
     began = time.monotonic()
     for op in op_db:
         name = op.formatted_name
+        if only and op.name not in only:
+            continue
         if op.name in LEFT_OUT:
             unchecked[name] = LEFT_OUT[op.name]
             continue
@@ -253,4 +255,4 @@ def main(samples: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
