@@ -205,7 +205,9 @@ def descriptors(
     if not found:
         nothing = np.zeros(0, np.int64)
         return Descriptors(nothing, nothing, nothing, plan.direction)
-    return Descriptors(*joined(*map(np.concatenate, zip(*found, strict=True))), plan.direction)
+    sizes = [size for *_, parts in found for size in parts]
+    prefill, decode, lengths = (np.concatenate([one[i] for one in found]) for i in range(3))
+    return Descriptors(*joined(prefill, decode, lengths, sizes), plan.direction)
 
 
 def listed(piece: Piece, direction: str, staged: bool) -> Piece:
@@ -243,7 +245,10 @@ def _piece(
     decode_bases: Ints,
     decode_strides: Ints,
 ) -> list[tuple[Any, ...]]:
-    """(prefill addresses, decode addresses, lengths) for each pair of regions within a layer."""
+    """(prefill addresses, decode addresses, lengths) for each pair of regions within a layer.
+
+    And how many of them each layer has.
+    """
     found = []
     layers = np.asarray(piece.layers, np.int64)
     for regions in dict.fromkeys((run.prefill_region, run.decode_region) for run in piece.runs):
@@ -268,14 +273,24 @@ def _piece(
         starts = (prefill_bases[first[0]][:, None] + starts)[:, :, None] + source
         places = (decode_bases[first[1]][:, None] + places)[:, :, None] + place
         lengths = np.broadcast_to(repeated("length"), starts.shape)
-        found.append((starts.ravel(), places.ravel(), lengths.ravel()))
+        sizes = [starts[0].size] * len(layers)
+        found.append((starts.ravel(), places.ravel(), lengths.ravel(), sizes))
     return found
 
 
-def joined(prefill: Ints, decode: Ints, lengths: Ints) -> tuple[Ints, Ints, Ints]:
-    """One range for neighbours in the lists that are adjacent on both sides."""
+def joined(
+    prefill: Ints, decode: Ints, lengths: Ints, sizes: Sequence[int]
+) -> tuple[Ints, Ints, Ints]:
+    """One range for neighbours in the lists that are adjacent on both sides.
+
+    Args:
+        sizes: How many entries belong to one region on each side. Regions are registered one by
+            one, and a range that leaves one is an error to the engine, also where the next follows.
+    """
     if not len(lengths):
         return prefill, decode, lengths
     apart = (np.diff(prefill) != lengths[:-1]) | (np.diff(decode) != lengths[:-1])
+    ends = np.cumsum(np.asarray(sizes, np.int64))[:-1]
+    apart[ends[(ends > 0) & (ends < len(lengths))] - 1] = True
     first = np.concatenate(([0], np.flatnonzero(apart) + 1))
     return prefill[first], decode[first], np.add.reduceat(lengths, first)

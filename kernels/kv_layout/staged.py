@@ -228,7 +228,9 @@ def _round(
     items, lengths = np.concatenate(ranges, axis=1)
     there, here = np.concatenate(starts), items + base
     prefill, decode = (there, here) if plan.direction == PULL else (here, there)
-    return Round(Descriptors(*joined(prefill, decode, lengths), plan.direction), tuple(copies))
+    sizes = [len(one) for one in starts]
+    found = Descriptors(*joined(prefill, decode, lengths, sizes), plan.direction)
+    return Round(found, tuple(copies))
 
 
 def copy_staged(one: Round, regions: Sequence[Tensor], staging: Tensor) -> None:

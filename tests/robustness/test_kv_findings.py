@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import random
 import socket
 import subprocess
 import sys
@@ -329,5 +330,43 @@ def test_a_rank_that_another_request_heard_is_asked_again(host) -> None:
                 await prefill.say(DONE)
                 await wait_until(lambda: world.pulled(1))
                 assert not world.invalid()
+
+    asyncio.run(run())
+
+
+def test_no_range_leaves_the_region_that_it_begins_in(host, seed) -> None:
+    """Regions are registered one by one, and an allocator may put one behind the other."""
+    # The last block of a region goes before the first one of the next.
+    order = list(range(1, BLOCKS - 1))
+    random.Random(seed).shuffle(order)
+    order = [0, *order, BLOCKS - 1]
+
+    async def run() -> None:
+        async with World(host, 1, 2) as world:
+            for rank in (*world.prefill, *world.decode):
+                # They are: the regions are parts of one tensor.
+                bases = rank.worker.kv_caches_base_addr
+                assert bases[1] - bases[0] == BLOCKS * rank.worker.block_len
+            written: list[tuple[int, int]] = []
+            for rank in world.prefill:
+                write = rank.worker._send_blocks
+
+                def noted(session: str, sources: Any, targets: Any, lengths: Any, w=write) -> int:
+                    written.extend(zip(targets, lengths, strict=True))
+                    return int(w(session, sources, targets, lengths))
+
+                rank.worker._send_blocks = noted
+            await world.prefilled(1, order)
+            await world.pull(1, order)
+            await wait_until(lambda: world.pulled(1))
+            assert world.right(1, order)
+            assert written
+            regions = [
+                (base, base + BLOCKS * rank.worker.block_len)
+                for rank in world.decode
+                for base in rank.worker.kv_caches_base_addr
+            ]
+            for target, length in written:
+                assert any(begin <= target and target + length <= end for begin, end in regions)
 
     asyncio.run(run())
