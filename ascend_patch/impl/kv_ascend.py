@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ascend_patch.impl import kv_ascend_checks as checks
+from ascend_patch.impl import kv_ascend_engine, kv_settings
 from ascend_patch.impl import kv_ascend_failures as failures
 from ascend_patch.impl import kv_ascend_held as held
 from ascend_patch.impl import kv_ascend_kept as kept
@@ -23,7 +24,6 @@ from ascend_patch.impl import kv_ascend_sizes as sizes
 from ascend_patch.impl import kv_ascend_split as split
 from ascend_patch.impl import kv_ascend_start as starts
 from ascend_patch.impl import kv_ascend_watch as watches
-from ascend_patch.impl import kv_settings
 from ascend_patch.impl.kv_ascend_split import ENGINE_FAILED
 from ascend_patch.impl.kv_vllm_wire import log
 
@@ -36,7 +36,6 @@ SETTINGS = starts.SETTINGS
 WATCH = "ascend_patch_watch"
 # Failures of which nothing is on its way: no read was begun, or it had ended.
 NOTHING_READ = (ValueError, LookupError, TimeoutError)
-RANGES = 1024
 
 
 def transfer_kv_cache(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
@@ -243,33 +242,7 @@ def prepare(thread: Any, settings: kv_settings.Settings) -> None:
     watch(thread)
     setattr(thread, SETTINGS, settings)
     if next(iter(thread.kv_caches.values()))[0].device.type != "npu":
-        thread.engine = InBatches(thread.engine)
-
-
-class InBatches:
-    """A transfer engine that is given so many ranges at a time.
-
-    Over TCP Mooncake refuses more than some 2000, and everything after them. An NPU's has no such
-    limit.
-    """
-
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def batch_transfer_sync_read(
-        self, session: str, local: list[int], remote: list[int], lengths: list[int]
-    ) -> int:
-        """As the engine's; the first answer that is an error."""
-        for first in range(0, len(local), RANGES):
-            part = slice(first, first + RANGES)
-            batch = local[part], remote[part], lengths[part]
-            code: int = self._engine.batch_transfer_sync_read(session, *batch)
-            if code < 0:
-                return code
-        return 0
+        thread.engine = kv_ascend_engine.InBatches(thread.engine)
 
 
 def start_load_kv(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:

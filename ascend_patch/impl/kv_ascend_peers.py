@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
 import threading
@@ -25,7 +24,6 @@ LEAST_S, MOST_S = 5.0, 60.0
 LATER_MS = 60_000
 MAX_ENGINES = 1024
 CACHES = ("kv_caches_base_addr", "remote_te_port")
-LINGER_MS = 1000
 
 
 @dataclass
@@ -268,37 +266,3 @@ def check_held(thread: Any, req_meta: dict[str, Any]) -> None:
     if known is not None and known.answers:
         request = req_meta.get("remote_request_id", req_meta["request_id"])
         held.check(thread, request, known.host, rank[1])
-
-
-def get_remote_socket(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
-    """KVCacheRecvingThread._get_remote_socket: one that takes no answer of any size, and ends.
-
-    Its context ends with it, and waits for what was not sent: to a prefill rank that is gone for
-    ever, and its request with it.
-    """
-    return _socket(wrapped, instance, *args, **kwargs)
-
-
-def _socket(wrapped: Wrapped, thread: Any, remote_host: str, remote_handshake_port: int) -> Any:
-    import zmq
-
-    found = wrapped(remote_host, remote_handshake_port)
-    if found.getsockopt(zmq.MAXMSGSIZE) == limits.MAX_METADATA:
-        return found
-    host = importlib.import_module(type(thread).__module__)
-    path = host.make_zmq_path("tcp", remote_host, remote_handshake_port)
-    found.setsockopt(zmq.LINGER, LINGER_MS)
-    found.setsockopt(zmq.MAXMSGSIZE, limits.MAX_METADATA)
-    # What is set holds for connections that are made later.
-    found.disconnect(path)
-    found.connect(path)
-    poller = getattr(thread, "remote_poller", None)
-    if poller is not None:
-        # Each one is waited for by itself, and the release's keeps those that are closed.
-        with contextlib.suppress(KeyError):
-            poller.unregister(found)
-    with thread.remote_sockets_lock:
-        while len(thread.remote_sockets) > MAX_ENGINES:
-            for idle in thread.remote_sockets.pop(next(iter(thread.remote_sockets))):
-                idle.close(linger=0)
-    return found

@@ -45,7 +45,7 @@ def _targets(module: str, *more: str) -> tuple[Target, ...]:
         ours(f"{receiving}._get_remote_metadata", "_peers:get_remote_metadata"),
         ours(
             f"{receiving}._get_remote_socket",
-            "_peers:get_remote_socket",
+            "_sockets:get_remote_socket",
             f"{receiving}._return_remote_socket",
         ),
         ours(

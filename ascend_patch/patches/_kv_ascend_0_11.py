@@ -39,7 +39,7 @@ def _targets() -> tuple[Target, ...]:
         ours(f"{receiving}._get_remote_metadata", f"{OURS}_peers:get_remote_metadata"),
         ours(
             f"{receiving}._get_remote_socket",
-            f"{OURS}_peers:get_remote_socket",
+            f"{OURS}_sockets:get_remote_socket",
             f"{receiving}._return_remote_socket",
         ),
         ours(

@@ -27,7 +27,7 @@ def _targets() -> tuple[Target, ...]:
             "_0_23:finished_recving",
             f"{worker}.get_finished",
         ),
-        ours(f"{receiving}._get_remote_socket", "_peers:get_remote_socket"),
+        ours(f"{receiving}._get_remote_socket", "_sockets:get_remote_socket"),
         ours(
             f"{sending}.__init__",
             "_said:sending_init",

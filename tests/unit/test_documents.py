@@ -52,3 +52,13 @@ def test_modules_stay_small():
             # Tables of names.
             continue
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 150, path
+
+
+def test_the_readme_stays_short():
+    assert len(README.splitlines()) <= 200
+
+
+def test_links_between_documents_lead_somewhere():
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]:
+        for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path.relative_to(ROOT)}: {target}"

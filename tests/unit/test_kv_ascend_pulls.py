@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ascend_patch.impl import kv_ascend, kv_settings
+from ascend_patch.impl import kv_ascend, kv_ascend_engine, kv_settings
 from ascend_patch.impl import kv_ascend_checks as checks
 from ascend_patch.impl import kv_ascend_failures as failures
 from ascend_patch.impl import kv_ascend_kept as kept
@@ -118,7 +118,7 @@ def test_an_engine_is_given_so_many_ranges_at_a_time():
         seen.append((session, local, remote, lengths))
         return -7 if 2500 in local else 0
 
-    engine = kv_ascend.InBatches(SimpleNamespace(batch_transfer_sync_read=take, other=5))
+    engine = kv_ascend_engine.InBatches(SimpleNamespace(batch_transfer_sync_read=take, other=5))
     numbers = list(range(2048))
     assert engine.batch_transfer_sync_read("s", numbers, numbers, numbers) == 0
     assert [len(local) for _, local, _, _ in seen] == [1024, 1024]
