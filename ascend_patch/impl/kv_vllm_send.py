@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from ascend_patch.impl import (
 from ascend_patch.impl.kv_vllm_push import Push, Pusher
 from ascend_patch.impl.kv_vllm_records import Records
 from ascend_patch.impl.kv_vllm_requests import Job, PushError, Question, Record
+from ascend_patch.impl.kv_vllm_wait import EXPIRED, EventWaiter
 from ascend_patch.impl.kv_vllm_wire import (
     ACCEPTED,
     ASK,
@@ -43,7 +43,6 @@ from ascend_patch.kernels.kv_layout import Plan, Side
 # How many attempts may be under way; and how many are remembered after they ended, and requests
 # after their blocks were freed, so that a late message about one gets a true answer.
 REMEMBERED = 4096
-POLL_S, EXPIRE_S = 1.0, 0.001
 
 
 class Sender:
@@ -62,13 +61,13 @@ class Sender:
         new_request: Callable[[str], Any],
         views: Sequence[Any],
     ) -> None:
-        self.worker, self.side, self.timeout = worker, side, timeout
+        self.worker, self.side = worker, side
         self.pusher = Pusher(worker, views)
         self.nonce = uuid.uuid4().hex
         self.said = kv_handshake.say(side, model) | {"nonce": self.nonce}
         self.new_request = new_request
         self.memory = Records(worker.reqs_need_send, REMEMBERED)
-        self._expiring = asyncio.Lock()
+        self.waiter = EventWaiter(worker, timeout)
         self.jobs, self.records = self.memory.jobs, self.memory.requests
 
     async def handle(self, identity: bytes, socket: Any, ask: Any) -> None:
@@ -161,7 +160,7 @@ class Sender:
         send = await self._ready(job, record)
         if question.blocks:
             await self._tell(job, READY)
-            await self._wait_for(job.go, job, record)
+            await self.waiter.wait(job.go, job, record)
             await self._push(job, question, plan, send)
         record.wrote[rank] = question.digest
         self.serve(transfer, rank, True)
@@ -174,34 +173,14 @@ class Sender:
             requests[transfer] = self.new_request(transfer)
         send = requests.get(transfer)
         if send is not None:
-            await self._wait_for(send.ready, job, record)
+            await self.waiter.wait(send.ready, job, record)
         if transfer not in requests:
-            raise PushError(record.gone or "its blocks were freed, because nobody fetched them")
+            raise PushError(record.gone or EXPIRED)
         return send
-
-    async def _wait_for(self, event: asyncio.Event, job: Job, record: Record) -> None:
-        deadline = time.monotonic() + self.timeout
-        while not event.is_set():
-            if record.gone or job.transfer not in self.worker.reqs_need_send:
-                raise PushError(record.gone or "its blocks were freed, because nobody fetched them")
-            if time.monotonic() > deadline:
-                # Thousands may reach it together: one at a time, and others between them.
-                async with self._expiring:
-                    await asyncio.sleep(EXPIRE_S)
-                if not event.is_set():
-                    raise PushError(f"nothing happened for {self.timeout:.0f} s")
-                continue
-            try:
-                # Those that began together do not look together.
-                await asyncio.wait_for(event.wait(), POLL_S * random.uniform(0.75, 1.25))
-            except asyncio.TimeoutError:
-                continue
-        if job.given_up:
-            raise PushError("the decode rank gave this attempt up")
 
     async def _push(self, job: Job, question: Question, plan: Plan, send: Any) -> None:
         if send.transfer_id not in self.worker.reqs_need_send:
-            raise PushError("its blocks were freed, because nobody fetched them")
+            raise PushError(EXPIRED)
         began = time.perf_counter()
         # Marks it as not to be freed by the host's time-out.
         send.sending += 1

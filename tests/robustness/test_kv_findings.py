@@ -190,7 +190,7 @@ def test_time_outs_that_come_together_are_handled_one_at_a_time(host) -> None:
     async def run() -> None:
         async with World(host, 1, 1) as world:
             sender = getattr(world.prefill[0].worker, kv_vllm.SENDER)
-            sender.timeout = 2.0
+            sender.waiter.timeout = 2.0
             with Peer(world) as peer:
                 for number in range(many):
                     await peer.say(ASK, f"e{number}", transfer=f"u{number}")

@@ -42,7 +42,7 @@ def test_a_write_in_flight_outlives_newer_attempts(host) -> None:
 
     async def run() -> None:
         async with World(host, 1, 1) as world:
-            sender_of(world).timeout = 600
+            sender_of(world).waiter.timeout = 600
             await world.prefilled(1, P_BLOCKS)
             engine = world.prefill[0].engine
             engine.hold.clear()
@@ -68,7 +68,7 @@ def test_a_write_in_flight_outlives_newer_attempts(host) -> None:
 def test_when_all_records_are_live_a_new_attempt_is_refused(host) -> None:
     async def run() -> None:
         async with World(host, 1, 1) as world:
-            sender_of(world).timeout = 600
+            sender_of(world).waiter.timeout = 600
             with Peer(world) as peer:
                 answers = []
                 for number in range(NEWER):
