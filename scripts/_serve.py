@@ -60,7 +60,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         dest="ascend",
         metavar="RELEASE",
         help="serve with that release of vllm-ascend on the software NPU (docs/softnpu.md), on any "
-        "x86-64 Linux; 0.13.0 or 0.18.0",
+        "x86-64 Linux; 0.13.0, 0.18.0 or 0.23.0",
     )
     parser.add_argument("--deadline", type=float, default=900, help="seconds to start (900)")
     args = parser.parse_args(arguments[:split])

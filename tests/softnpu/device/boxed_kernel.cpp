@@ -64,9 +64,12 @@ class Trace {
     return *one;
   }
   void count(const c10::OperatorHandle &op) {
+    if (on_) count(c10::toString(op.operator_name()));
+  }
+  void count(const std::string &name) {
     if (!on_) return;
     std::lock_guard<std::mutex> held(lock_);
-    counts_[c10::toString(op.operator_name())]++;
+    counts_[name]++;
     auto now = std::chrono::steady_clock::now();
     if (folder_ && now - written_ > std::chrono::seconds(1)) write(now);
   }
@@ -503,6 +506,9 @@ EXPORT int softnpu_install() {
   }
   return added;
 }
+
+// Counts what is run past the dispatcher.
+EXPORT void softnpu_trace(const char *name) { Trace::instance().count(std::string(name)); }
 
 EXPORT void softnpu_count(int on) { Trace::instance().enable(on != 0); }
 

@@ -1,6 +1,7 @@
 """Started by a .pth file in every process that has SOFTNPU set: waits for torch_npu's import.
 
 Once a module of `AFTER` has been imported, its operators get kernels. Nothing is imported here.
+With SOFTNPU_TRITON=1 it waits for Triton as well.
 """
 
 from __future__ import annotations
@@ -24,6 +25,18 @@ def _after_vllm_ascend_c() -> None:
     from softnpu import install
 
     install.after_vllm_ascend_c()
+
+
+def _after_triton_backends() -> None:
+    from softnpu import triton
+
+    triton.after_backends()
+
+
+def _after_triton() -> None:
+    from softnpu import triton
+
+    triton.after_triton()
 
 
 AFTER: dict[str, Callable[[], None]] = {
@@ -75,6 +88,9 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
+if os.environ.get("SOFTNPU_TRITON") == "1":
+    os.environ["TRITON_INTERPRET"] = "1"  # read while triton is imported
+    AFTER |= {"triton.backends": _after_triton_backends, "triton": _after_triton}
 if os.environ.get("SOFTNPU_SCHEMAS"):
     sys.meta_path.insert(0, _StandIn())
 sys.meta_path.insert(0, _Finder())
