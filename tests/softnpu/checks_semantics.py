@@ -185,5 +185,122 @@ def blocks_and_batched_products():
     near(out, numpy.einsum("mbk,bkn->mbn", a, b))
 
 
+@check
+def experts_by_the_all_gather_path():
+    """Gate, sort by expert, multiply, put back: the sum over each token's experts."""
+    tokens, hidden, wide_, count, k = 9, 16, 24, 5, 2
+    x, right = drawn(tokens, hidden)
+    weight, products = drawn(count, hidden, wide_)
+    logits, scores = drawn(tokens, count, dtype=torch.float32)
+    odds = numpy.exp(scores) / numpy.exp(scores).sum(-1, keepdims=True)
+    share, chosen, out = C.moe_gating_top_k(logits, k, 1, 1, 0, 1, 0, False, 1.0, 1e-20)
+    near(out, odds)
+    best = numpy.argsort(-odds, -1)[:, :k]
+    assert (wide(chosen) == best).all()
+    kept = numpy.take_along_axis(odds, best, -1)
+    near(share, kept / kept.sum(-1, keepdims=True))
+    rows, place, counts, _ = C.npu_moe_init_routing_custom(
+        x, chosen, active_num=tokens * k, expert_num=count, expert_tokens_num_type=1,
+        expert_tokens_num_flag=True, active_expert_range=[0, count], quant_mode=-1,
+    )  # fmt: skip
+    assert wide(counts).tolist() == [float((best == e).sum()) for e in range(count)]
+    for types, groups in ((1, counts), (0, counts.cumsum(0))):
+        (found,) = torch_npu.npu_grouped_matmul(
+            [rows], [weight], group_list=groups, group_list_type=types, group_type=0, split_item=2
+        )
+        each = numpy.stack([right @ one for one in products])
+        summed = torch_npu.npu_moe_token_unpermute(found, place, share)
+        wanted = sum(wide(share)[:, [j]] * each[best[:, j], range(tokens)] for j in range(k))
+        # Products are rounded to bfloat16 before they are added.
+        assert numpy.abs(wide(summed) - wanted).max() < 2.0**-7 * numpy.abs(each).max()
+
+
+@check
+def causal_convolutions_of_a_prefill():
+    width, channels, slots = 4, 6, [3, -1, 1, 0]
+    starts, carried = [0, 5, 7, 9, 10], [0, 0, 1, 1]
+    (x, a), (weight, w), (bias, b) = drawn(12, channels), drawn(width, channels), drawn(channels)
+    state, before = drawn(5, width, channels)
+    out = C.npu_causal_conv1d_custom(
+        x, weight, conv_state=state, bias_opt=bias, query_start_loc_opt=starts,
+        cache_indices_opt=slots, initial_state_mode_opt=carried, num_accepted_tokens_opt=[],
+        activation_mode=1, pad_slot_id=-1, run_mode=0,
+    )  # fmt: skip
+    after = before.copy()
+    for n, slot in enumerate(slots):
+        rows = a[starts[n] : starts[n + 1]]
+        if slot < 0:
+            assert not wide(out[starts[n] : starts[n + 1]]).any()
+            continue
+        past = before[slot, : width - 1] * carried[n]
+        history = numpy.concatenate([past, rows])
+        for t in range(len(rows)):
+            total = (history[t : t + width] * w).sum(0) + b
+            near(out[starts[n] + t], total * sigmoid(total), 1.5)
+        after[slot, : width - 1] = history[-(width - 1) :]
+    assert (wide(state) == after).all()
+
+
+@check
+def recurrent_gated_delta_rule():
+    lengths, groups, heads, k, v = [2, 1, 3], 2, 4, 8, 6
+    tokens = sum(lengths)
+    (q, qs), (key, ks), (value, vs) = (
+        drawn(tokens, *s) for s in ((groups, k), (groups, k), (heads, v))
+    )
+    gates, decay = drawn(tokens, heads, dtype=torch.float32)
+    gates, decay = -gates.abs(), -numpy.abs(decay)
+    beta, bs = drawn(tokens, heads)
+    state, held = drawn(9, heads, v, k, dtype=torch.float32)
+    slots, accepted = [4, 7, 0, 8, 2, 5], [2, 1, 3]
+    for counts in (None, accepted):
+        mine, after = state.clone(), held.copy()
+        out = torch_npu.npu_recurrent_gated_delta_rule(
+            q, key, value, mine, beta=beta, scale=0.25, g=gates,
+            actual_seq_lengths=torch.tensor(lengths, dtype=torch.int32, device=NPU),
+            ssm_state_indices=torch.tensor(slots, dtype=torch.int32, device=NPU),
+            num_accepted_tokens=None if counts is None else torch.tensor(counts, device=NPU),
+        )  # fmt: skip
+        at = 0
+        for n, length in enumerate(lengths):
+            begin = at if counts is None else at + counts[n] - 1
+            for h in range(heads):
+                one, group = held[slots[begin], h].copy(), h // (heads // groups)
+                for t in range(at, at + length):
+                    one *= numpy.exp(decay[t, h])
+                    one += numpy.outer(bs[t, h] * (vs[t, h] - one @ ks[t, group]), ks[t, group])
+                    # Large keys make states grow: as near as float32 keeps them.
+                    room = 1e-4 * numpy.abs(one).max() * numpy.abs(qs[t, group]).sum()
+                    wanted = 0.25 * one @ qs[t, group]
+                    error = numpy.abs(wide(out[t, h]) - wanted)
+                    assert (error <= 2.0**-8 * numpy.abs(wanted) + room).all()
+                    after[slots[t], h] = one
+            at += length
+        assert numpy.abs(wide(mine) - after).max() <= 1e-4 * numpy.abs(after).max()
+
+
+@check
+def what_experts_and_gdn_do_not_implement_is_refused():
+    x, state = drawn(4, 8)[0], drawn(2, 3, 8)[0]
+    weight, index = drawn(4, 8)[0], torch.zeros(4, 2, dtype=torch.int32, device=NPU)
+    calls = {
+        "moe_gating_top_k": lambda: C.moe_gating_top_k(x, 2, 1, 2, 0, 1, 0, False, 1.0, 1e-20),
+        "npu_moe_init_routing_custom": lambda: C.npu_moe_init_routing_custom(
+            x, index, expert_num=3, expert_tokens_num_type=1, quant_mode=0
+        ),
+        "npu_grouped_matmul": lambda: torch_npu.npu_grouped_matmul([x, x], [weight, weight]),
+        "npu_causal_conv1d_custom": lambda: C.npu_causal_conv1d_custom(
+            x, weight, state, None, [0, 4], [0], [0], [1], 1, -1, 1
+        ),
+    }
+    for name, call in calls.items():
+        message = ""
+        try:
+            call()
+        except RuntimeError as error:
+            message = str(error)
+        assert message.startswith(f"{name}: "), (name, message)
+
+
 if __name__ == "__main__":
     main()

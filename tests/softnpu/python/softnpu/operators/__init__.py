@@ -13,9 +13,18 @@ from typing import Any
 import torch
 
 from softnpu.defects import injected
-from softnpu.operators import activations, blocks, norms, quantization, rotary, sampling
+from softnpu.operators import (
+    activations,
+    blocks,
+    experts,
+    gdn,
+    norms,
+    quantization,
+    rotary,
+    sampling,
+)
 
-FAMILIES = (activations, blocks, norms, quantization, rotary, sampling)
+FAMILIES = (activations, blocks, experts, gdn, norms, quantization, rotary, sampling)
 _registered: set[str] = set()
 _libraries: list[torch.library.Library] = []
 
