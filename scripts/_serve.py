@@ -90,7 +90,10 @@ def tiny_model(env: _env.Environment, kind: str, dtype: str = "bfloat16") -> Pat
     with _env.locked(folder):
         if not (folder / "config.json").exists():
             say(f"making a tiny random {kind} in {folder}")
-            variables = server_variables(env) | {"ASCEND_PATCHES": ""}
+            # Weights are drawn on the CPU; torch would load a device's package by itself, and where
+            # torch_npu is, fail without its libraries.
+            variables = server_variables(env)
+            variables |= {"ASCEND_PATCHES": "", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
             done = subprocess.run(
                 [str(env.python), str(script), str(folder), "--kind", kind, "--dtype", dtype],
                 cwd=_env.cache_root(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
+import _env
 import pytest
 from logprobs import LONG_PROMPTS, PROMPTS
 from softnpu_servers import Answer, Reference, ask, calls, server, started, tiny_model
@@ -39,6 +40,14 @@ def answers(npu, model, folder) -> Iterator[dict[str, tuple[Answer, ...]]]:
 @pytest.fixture(scope="module")
 def references(model):
     return Reference(model, "float32"), Reference(model, "bfloat16")
+
+
+def test_a_model_is_made_where_there_is_none(npu, tmp_path, monkeypatch):
+    """Its weights are drawn in a process that has torch_npu and no NPU, as on a fresh machine."""
+    monkeypatch.setattr(_env, "cache_root", lambda: tmp_path)
+    made = tiny_model(npu)
+    assert tmp_path in made.parents
+    assert (made / "model.safetensors").stat().st_size > 0
 
 
 @pytest.mark.parametrize("name", ["unpatched", "patched"])
