@@ -72,7 +72,8 @@ def test_what_is_near_zero_because_two_products_cancel_does_not_count_as_far_off
     weight = torch.ones_like(expected.value)
     verdict = judge(got, Expected(expected.value, weight))
     assert not verdict.wrong
-    assert verdict.ulps <= 0.5
+    # torch rounds float64 to float32 on its way to bfloat16, and so some ties the other way.
+    assert verdict.ulps <= 0.5 + 2.0**-16
 
 
 def test_another_shape_is_wrong_and_nothing_is_right(seed):
