@@ -32,6 +32,8 @@ class Case:
 
 # The last is longer than ten blocks of the cache, and hits the prefix cache the second time.
 DENSE = (*PROMPTS[:4], PROMPTS[8], LONG_PROMPTS[1], LONG_PROMPTS[1])
+# Of one chunk of GDN's kernels, and of several; interpreted, a chunk takes seconds.
+HYBRID = (*PROMPTS[:3], PROMPTS[8], PROMPTS[11])
 CASES = {
     "0.18.0": Case("0.18.0", "qwen3", DENSE, ("_triton_rope",), ("attention_router", "rotary")),
     "0.23.0": Case(
@@ -40,6 +42,20 @@ CASES = {
         DENSE,
         ("_compute_slot_mapping_kernel",),
         ("attention_router", "rotary"),
+    ),
+    # K is not V, so that a transposed state shows.
+    "0.18.0 Qwen3-Next": Case(
+        "0.18.0",
+        "qwen3-next",
+        HYBRID,
+        (
+            "_triton_rope",
+            "chunk_gated_delta_rule_fwd_kernel_h_blockdim64",
+            "chunk_fwd_kernel_o",
+            "fused_gdn_gating_kernel",
+        ),
+        ("attention_router", "gdn_attn", "rotary"),
+        ("--no-enable-prefix-caching",),
     ),
 }
 
