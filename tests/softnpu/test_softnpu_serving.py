@@ -94,7 +94,7 @@ def test_graphs_and_two_ranks_say_the_same(npu, model, folder, references, form,
     arguments = ["--tensor-parallel-size", str(ranks)]
     if graphs:
         sizes = {"cudagraph_mode": graphs, "cudagraph_capture_sizes": [1, 2, 4]}
-        # Later options win; the fused operator of the default needs Triton, which is not here.
+        # Later options win; the fused operator of the default needs Triton, which is off here.
         arguments += ["--no-enforce-eager", "--compilation-config", json.dumps(sizes)]
         options = {"enable_npugraph_ex": False, "fuse_qknorm_rope": False}
         more = {"ascend_compilation_config": options}
