@@ -7,6 +7,7 @@ vllm-ascend 0.13 did, fail the same comparisons in the same servers.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import logprobs
 import pytest
@@ -22,7 +23,9 @@ from attention_servers import (
 )
 
 FLOAT32_TOLERANCE = 1e-4
-BFLOAT16_ULPS = 2
+# vLLM's own attention multiplies tiles of bfloat16 where the CPU can, and then rounds in other
+# places: 2.5 ulp from the operators' semantics were seen on a Xeon, and 1.5 on an EPYC.
+BFLOAT16_ULPS = 3 if "amx_bf16" in Path("/proc/cpuinfo").read_text() else 2
 # How much more than the tolerance a wrong route must show, for the comparison to mean anything.
 POWER = 10
 ATTENTION, WRITE = "npu::npu_fused_infer_attention_score", "atb::_npu_reshape_and_cache"
