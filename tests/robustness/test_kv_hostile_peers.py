@@ -38,6 +38,9 @@ KINDS = (
 )
 # 100 ms, and as much again for a machine on which others take the cores and their caches.
 MOST_BYTES, MOST_MS = 16 << 20, 200
+# 4,096 attempts under way have some 9 KB each. With fewer, early questions of a large decode server
+# would be refused: its ranks may ask before the prefill server has the requests.
+MORE_BYTES = {"unknown": 48 << 20}
 # A peer that asks this often is well-behaved.
 PAUSE_S = 0.02
 PATIENCE_S = 20.0
@@ -190,7 +193,7 @@ def check(site: Site, kind: str, count: int, seed: int) -> None:
     growth = max(most, site.listener.memory) - before
     slowest = 1e3 * max(answers)
     note = f"{len(answers)} answers, slowest {slowest:.0f} ms, growth {growth / 2**20:.1f} MiB"
-    assert growth < MOST_BYTES, f"{kind}: {note}"
+    assert growth < MORE_BYTES.get(kind, MOST_BYTES), f"{kind}: {note}"
     assert slowest < MOST_MS, f"{kind}: {note}"
     said = site.listener.log.read_text(errors="replace")
     assert "Traceback" not in said, said[said.index("Traceback") :][:3000]
