@@ -114,7 +114,7 @@ def _times(count: int) -> str:
 def _compared(patch: str, found: dict[str, Any]) -> str:
     of = f" of {found['calls']}" if found["calls"] is not None else ""
     text = f"verify of {patch}: {found['compared']}{of} calls compared"
-    if found["error"] is not None:
+    if found["error"] is not None and found["limit"] is not None:
         text += (
             f", largest error {found['error']:.3g} {found['unit']} of {found['limit']:g} allowed "
             f"({found['where']})"

@@ -199,7 +199,8 @@ _VERIFIED = _object(
     },
     {
         "unit": (_text, ""),
-        "limit": (_number, 0),
+        # Of the worst comparison; there may have been none.
+        "limit": (_or_none(_number), None),
         "where": (_text, ""),
         "notes": (_list(_text), []),
     },

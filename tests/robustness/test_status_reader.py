@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from status_fuzz import full_record
 from status_site import DEMO, cli, ended, environment, runs, server, start, status
 
 RUN = "20250101T000000-{}"
@@ -209,3 +210,18 @@ def test_below_a_directory_that_was_named_other_users_are_shown_as_such(host, sh
     done = cli(host, "status", more={"ASCEND_PATCHES_STATUS_DIR": str(shared)})
     assert done.stdout.startswith(f"run {run.name} of user 7: ended")
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize(("error", "limit"), [(None, None), (None, 4.0), (0.5, None)])
+def test_a_patch_that_was_compared_with_nothing_yet_is_no_malformed_file(error, limit):
+    """As VERIFY writes it before the first call, and where a result was infinitely far off."""
+    from ascend_patch import _status, _status_schema
+
+    written = full_record()
+    written["verification"]["demo"].update(error=error, limit=limit)
+    read = _status_schema.record(json.dumps(written).encode(), written["pid"])
+    assert (read["verification"]["demo"]["error"], read["verification"]["demo"]["limit"]) == (
+        error,
+        limit,
+    )
+    assert _status._compared("demo", read["verification"]["demo"]).startswith("verify of demo: 2")
