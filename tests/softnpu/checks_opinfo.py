@@ -99,6 +99,7 @@ def tensors(tree) -> list[torch.Tensor]:
 
 def agree(name: str, there, here, *, strides: bool = True) -> None:
     """Raise unless two results are the same in structure, dtype, shape, strides and value."""
+    torch.npu.synchronize()  # some samples ask for copies to the host that do not block
     found, wanted = tensors(there), tensors(here)
     assert len(found) == len(wanted), (len(found), len(wanted))
     for one, other in zip(found, wanted, strict=True):

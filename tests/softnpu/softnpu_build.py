@@ -18,7 +18,7 @@ DEVICE = Path(__file__).resolve().parent / "device"
 SECONDS = 600
 SCHEMAS = "c_ascend_schemas.txt"
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-w")
-RUNTIME = ("acl_runtime", "acl_stream", "acl_memory", "acl_graph")
+RUNTIME = ("acl_runtime", "acl_stream", "acl_memory", "acl_graph", "acl_late")
 HCCL = ("hccl_communicator", "hccl_collectives", "hccl_messages")
 # Called while torch_npu or vllm-ascend are imported, or by a profiler that is off.
 HARMLESS = {

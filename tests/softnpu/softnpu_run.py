@@ -5,6 +5,7 @@ starts the command with them: `python` is the environment's, `import torch_npu` 
 
     tests/softnpu/run -- python -c 'import torch, torch_npu; print(torch.ones(2, device="npu"))'
     tests/softnpu/run --devices 2 --trace /tmp/trace -- python my_script.py
+    tests/softnpu/run --late all -- python my_script.py        # a missing wait is a wrong result
     tests/softnpu/run --path ~/vllm-ascend -- vllm serve ...   # one's own branch, in place
 """
 
@@ -34,6 +35,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--devices", type=int, default=1, help="NPUs that there are (1)")
     parser.add_argument("--memory-gb", type=int, default=64, help="of each (64)")
     parser.add_argument("--soc", default="Ascend910B3", help="name of the chip (Ascend910B3)")
+    parser.add_argument(
+        "--late",
+        choices=["all", "default", "side"],
+        help="streams that run when something is ordered behind them (none)",
+    )
     parser.add_argument("--trace", type=Path, help="folder for what each process called")
     parser.add_argument(
         "--path", type=Path, action="append", default=[], help="a folder for PYTHONPATH, first"
@@ -56,6 +62,8 @@ def main() -> int:
     path = [*map(str, args.path), variables["PYTHONPATH"]]
     variables["PYTHONPATH"] = os.pathsep.join(path)
     variables |= {"SOFTNPU_MEMORY_GB": str(args.memory_gb), "SOFTNPU_SOC": args.soc}
+    if args.late:
+        variables["SOFTNPU_LATE"] = args.late
     if args.trace:
         args.trace.mkdir(parents=True, exist_ok=True)
         variables["SOFTNPU_TRACE"] = str(args.trace.absolute())

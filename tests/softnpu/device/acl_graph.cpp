@@ -13,6 +13,7 @@
 // A difference to an NPU: what is captured has also run once.
 #include "runtime.h"
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <deque>
@@ -38,6 +39,7 @@ struct Item {
 
 struct List {
   std::vector<Item> items;
+  std::atomic<int> late_replays{0};  // that were asked for in late mode and have not run
   bool fresh = false;  // of a task group: updated since it ran last; guarded by queue_lock
   List() = default;
   List(const List &) = delete;
@@ -75,23 +77,39 @@ constexpr std::chrono::seconds kLongestUpdate{5};  // then a replay runs as it w
 std::mutex replay_lock;      // held by the thread that runs them
 bool replay_running = false; // guarded by queue_lock
 
-// Whether this thread may run the oldest replay. `queue_lock` is held.
-bool may_run() {
-  if (queue.empty() || queue.front().asked_by == std::this_thread::get_id()) return true;
-  for (const Item &item : queue.front().graph->items)
+// Whether this thread may run a replay. `queue_lock` is held.
+bool may_run(const Replay &replay) {
+  if (replay.asked_by == std::this_thread::get_id()) return true;
+  for (const Item &item : replay.graph->items)
     if (item.group && !item.group->fresh) return false;
   return true;
+}
+
+// Whether this thread may run the oldest replay. `queue_lock` is held.
+bool may_run_oldest() { return queue.empty() || may_run(queue.front()); }
+
+// An item of late mode.
+void run_late(const Replay &replay) {
+  {
+    softnpu::WithoutInterpreterLock released;
+    std::unique_lock<std::mutex> held(queue_lock);
+    queue_signal.wait_for(held, kLongestUpdate, [&] { return may_run(replay); });
+    for (Item &item : replay.graph->items)
+      if (item.group) item.group->fresh = false;
+  }
+  replay.graph->late_replays--;
+  replay.graph->run();
 }
 
 // Whether it came to that; if not, the replay's own thread does not mean to update it.
 bool wait_for_updates() {
   {
     std::lock_guard<std::mutex> held(queue_lock);
-    if (may_run()) return true;
+    if (may_run_oldest()) return true;
   }
   softnpu::WithoutInterpreterLock released;
   std::unique_lock<std::mutex> held(queue_lock);
-  return queue_signal.wait_for(held, kLongestUpdate, may_run);
+  return queue_signal.wait_for(held, kLongestUpdate, may_run_oldest);
 }
 
 bool nothing_to_do() {
@@ -123,8 +141,9 @@ WithoutInterpreterLock::~WithoutInterpreterLock() {
   if (state_) restore(state_);
 }
 
-void submit(std::function<void()> work) {
-  work();
+void submit(aclrtStream stream, std::function<void()> work) {
+  if (is_late() && !softnpu_is_capturing()) return put(stream, std::move(work));
+  if (!is_late() || !updated) work();
   if (!softnpu_is_capturing()) return;
   softnpu_record([](void *data) { (*static_cast<std::function<void()> *>(data))(); },
                  [](void *data) { delete static_cast<std::function<void()> *>(data); },
@@ -133,7 +152,10 @@ void submit(std::function<void()> work) {
 
 }  // namespace softnpu
 
-EXPORT int softnpu_is_capturing() { return recording != nullptr && !replaying_here; }
+EXPORT int softnpu_is_capturing() {
+  return recording != nullptr && !replaying_here && !softnpu::is_running_item();
+}
+EXPORT int softnpu_is_updating() { return updated != nullptr && !softnpu::is_running_item(); }
 
 EXPORT void softnpu_record(void (*run)(void *), void (*destroy)(void *), void *data) {
   Item item;
@@ -144,6 +166,10 @@ EXPORT void softnpu_record(void (*run)(void *), void (*destroy)(void *), void *d
 }
 
 EXPORT void softnpu_flush() {
+  if (softnpu::is_late()) {
+    if (!updated) softnpu::run_until(softnpu::clock_of_all());
+    return;
+  }
   // Calls of a replay get here as well, and so does the update that a replay waits for.
   if (replaying_here || updated || nothing_to_do()) return;
   const bool updates_came = wait_for_updates();
@@ -168,7 +194,7 @@ EXPORT void softnpu_flush() {
       List *next;
       {
         std::lock_guard<std::mutex> held(queue_lock);
-        if (queue.empty() || !(may_run() || (first && !updates_came))) break;
+        if (queue.empty() || !(may_run_oldest() || (first && !updates_came))) break;
         next = queue.front().graph;
         queue.pop_front();
         for (Item &item : next->items)
@@ -253,8 +279,16 @@ EXPORT aclError aclmdlRICaptureTaskUpdateEnd(aclrtStream) {
 
 // --- replay ------------------------------------------------------------------------------------------
 
-EXPORT aclError aclmdlRIExecuteAsync(aclmdlRI graph, aclrtStream) {
+EXPORT aclError aclmdlRIExecuteAsync(aclmdlRI graph, aclrtStream stream) {
   if (!graph) return fail(ACL_ERROR_RT_PARAM_INVALID, "the graph is null");
+  if (softnpu::is_late()) {
+    const Replay replay{static_cast<List *>(graph), std::this_thread::get_id()};
+    // A task group has the parameters of one replay: the last one runs before they change again.
+    if (replay.graph->late_replays) softnpu_flush();
+    replay.graph->late_replays++;
+    softnpu::put(stream, [replay] { run_late(replay); }, /*lazily=*/true);
+    return ACL_SUCCESS;
+  }
   std::lock_guard<std::mutex> held(queue_lock);
   queue.push_back({static_cast<List *>(graph), std::this_thread::get_id()});
   return ACL_SUCCESS;

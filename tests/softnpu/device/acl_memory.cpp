@@ -189,6 +189,7 @@ EXPORT aclError aclrtFreeHost(void *pointer) {
   auto found = blocks.find(address(pointer));
   if (found == blocks.end() || found->second.kind != Kind::kPinned)
     return fail(ACL_ERROR_RT_PARAM_INVALID, "aclrtFreeHost of what aclrtMallocHost has not returned");
+  if (softnpu::is_late()) softnpu::forget_host_memory(pointer, found->second.size);
   blocks.erase(found);
   std::free(pointer);
   return ACL_SUCCESS;
@@ -216,16 +217,17 @@ EXPORT aclError aclrtPointerGetAttributes(const void *pointer, aclrtPtrAttribute
 
 EXPORT aclError aclrtMemcpy(void *to, size_t room, const void *from, size_t size,
                             aclrtMemcpyKind kind) {
-  softnpu_flush();
+  // Late, it waits for no stream; torch_npu synchronizes before it.
+  if (!softnpu::is_late()) softnpu_flush();
   aclError code = check_copy(to, room, from, size, kind);
   if (code == ACL_SUCCESS) std::memmove(to, from, size);
   return code;
 }
 EXPORT aclError aclrtMemcpyAsync(void *to, size_t room, const void *from, size_t size,
-                                 aclrtMemcpyKind kind, aclrtStream) {
-  softnpu_flush();
+                                 aclrtMemcpyKind kind, aclrtStream stream) {
+  if (!softnpu::is_late()) softnpu_flush();
   aclError code = check_copy(to, room, from, size, kind);
-  if (code == ACL_SUCCESS) softnpu::submit([=] { std::memmove(to, from, size); });
+  if (code == ACL_SUCCESS) softnpu::submit(stream, [=] { softnpu::copy(to, from, size, kind); });
   return code;
 }
 EXPORT aclError aclrtMemcpyAsyncWithCondition(void *to, size_t room, const void *from, size_t size,
@@ -233,17 +235,18 @@ EXPORT aclError aclrtMemcpyAsyncWithCondition(void *to, size_t room, const void 
   return aclrtMemcpyAsync(to, room, from, size, kind, stream);
 }
 EXPORT aclError aclrtMemset(void *to, size_t room, int32_t value, size_t size) {
-  softnpu_flush();
+  if (!softnpu::is_late()) softnpu_flush();
   if (size > room || !is_device_range(to, size))
     return fail(ACL_ERROR_RT_PARAM_INVALID, "a fill leaves the memory that it is for");
   std::memset(to, value, size);
   return ACL_SUCCESS;
 }
-EXPORT aclError aclrtMemsetAsync(void *to, size_t room, int32_t value, size_t size, aclrtStream) {
-  softnpu_flush();
+EXPORT aclError aclrtMemsetAsync(void *to, size_t room, int32_t value, size_t size,
+                                aclrtStream stream) {
+  if (!softnpu::is_late()) softnpu_flush();
   if (size > room || !is_device_range(to, size))
     return fail(ACL_ERROR_RT_PARAM_INVALID, "a fill leaves the memory that it is for");
-  softnpu::submit([=] { std::memset(to, value, size); });
+  softnpu::submit(stream, [=] { std::memset(to, value, size); });
   return ACL_SUCCESS;
 }
 

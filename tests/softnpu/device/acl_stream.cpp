@@ -1,7 +1,7 @@
 // libascendcl.so: streams, events and host callbacks.
 //
 // What is put on a stream has run when the call returns, so waiting for a stream or an event is
-// waiting for the replays of graphs that nobody needed yet.
+// waiting for the replays of graphs that nobody needed yet; but in late mode (acl_late.cpp).
 #include "runtime.h"
 
 #include <atomic>
@@ -13,13 +13,9 @@
 
 using softnpu::Event;
 using softnpu::fail;
+using softnpu::Stream;
 
 namespace {
-
-struct Stream {
-  int device;
-  int id;
-};
 
 std::atomic<int> streams{0};
 std::mutex recorded_lock;
@@ -42,7 +38,7 @@ aclError new_stream(aclrtStream *stream) {
   int device = softnpu::current_device();
   if (device < 0)
     return fail(ACL_ERROR_RT_CONTEXT_NULL, "a stream needs a device, and this thread has set none");
-  *stream = new Stream{device, ++streams};
+  *stream = softnpu::new_stream(device, ++streams);
   return ACL_SUCCESS;
 }
 
@@ -51,8 +47,15 @@ aclError new_event(aclrtEvent *event, uint32_t flags) {
   return ACL_SUCCESS;
 }
 
-aclError wait() {
+aclError wait_for_device() {
+  if (softnpu::is_late()) return softnpu::wait_for(softnpu::clock_of_all());
   softnpu_flush();
+  return ACL_SUCCESS;
+}
+
+aclError launch(aclrtStream stream, void (*function)(void *), void *data) {
+  if (!softnpu::is_late()) softnpu_flush();
+  softnpu::submit(stream, [=] { function(data); });
   return ACL_SUCCESS;
 }
 
@@ -83,7 +86,7 @@ EXPORT aclError aclrtCreateStreamWithConfig(aclrtStream *stream, uint32_t, uint3
 }
 EXPORT aclError aclrtDestroyStream(aclrtStream stream) {
   softnpu_flush();
-  delete static_cast<Stream *>(stream);
+  if (!softnpu::is_late()) delete static_cast<Stream *>(stream);  // events may speak of it
   return ACL_SUCCESS;
 }
 EXPORT aclError aclrtDestroyStreamForce(aclrtStream stream) { return aclrtDestroyStream(stream); }
@@ -91,15 +94,24 @@ EXPORT aclError aclrtStreamGetId(aclrtStream stream, int32_t *id) {
   *id = stream ? static_cast<Stream *>(stream)->id : 0;
   return ACL_SUCCESS;
 }
-EXPORT aclError aclrtStreamQuery(aclrtStream, aclrtStreamStatus *status) {
-  softnpu_flush();
+EXPORT aclError aclrtStreamQuery(aclrtStream stream, aclrtStreamStatus *status) {
   *status = ACL_STREAM_STATUS_COMPLETE;
+  if (softnpu::is_late()) {
+    bool complete;
+    aclError code = softnpu::query(softnpu::clock_of(stream),
+                                   &softnpu::stream_of(stream)->queries, &complete);
+    if (!complete) *status = ACL_STREAM_STATUS_NOT_READY;
+    return code;
+  }
+  softnpu_flush();
   return ACL_SUCCESS;
 }
-EXPORT aclError aclrtSynchronizeStream(aclrtStream) { return wait(); }
-EXPORT aclError aclrtSynchronizeStreamWithTimeout(aclrtStream, int32_t) { return wait(); }
-EXPORT aclError aclrtSynchronizeDevice() { return wait(); }
-EXPORT aclError aclrtSynchronizeDeviceWithTimeout(int32_t) { return wait(); }
+EXPORT aclError aclrtSynchronizeStream(aclrtStream stream) { return softnpu_wait(stream); }
+EXPORT aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t) {
+  return softnpu_wait(stream);
+}
+EXPORT aclError aclrtSynchronizeDevice() { return wait_for_device(); }
+EXPORT aclError aclrtSynchronizeDeviceWithTimeout(int32_t) { return wait_for_device(); }
 
 // Settings without an effect on results: failure modes, tags, what a profiler keeps. The switch that reports overflows is off and stays so.
 EXPORT aclError aclrtSetStreamFailureMode(aclrtStream, uint64_t) { return ACL_SUCCESS; }
@@ -127,15 +139,11 @@ EXPORT aclError aclrtProcessReport(int32_t) {
   return ACL_SUCCESS;
 }
 EXPORT aclError aclrtLaunchCallback(aclrtCallback function, void *data, aclrtCallbackBlockType,
-                                    aclrtStream) {
-  softnpu_flush();
-  softnpu::submit([=] { function(data); });
-  return ACL_SUCCESS;
+                                    aclrtStream stream) {
+  return launch(stream, function, data);
 }
-EXPORT aclError aclrtLaunchHostFunc(aclrtStream, aclrtHostFunc function, void *data) {
-  softnpu_flush();
-  softnpu::submit([=] { function(data); });
-  return ACL_SUCCESS;
+EXPORT aclError aclrtLaunchHostFunc(aclrtStream stream, aclrtHostFunc function, void *data) {
+  return launch(stream, function, data);
 }
 
 // --- events --------------------------------------------------------------------------------------
@@ -151,28 +159,46 @@ EXPORT aclError aclrtDestroyEvent(aclrtEvent event) {
   delete static_cast<Event *>(event);
   return ACL_SUCCESS;
 }
-EXPORT aclError aclrtRecordEvent(aclrtEvent event, aclrtStream) {
-  mark(static_cast<Event *>(event), true);
-  return ACL_SUCCESS;
-}
-EXPORT aclError aclrtResetEvent(aclrtEvent event, aclrtStream) {
+EXPORT aclError aclrtRecordEvent(aclrtEvent event, aclrtStream stream) {
   auto *which = static_cast<Event *>(event);
-  if (which->external) softnpu::submit([which] { mark(which, false); });
+  if (softnpu::is_late()) {
+    which->clock = softnpu::clock_of(stream);
+    which->queries = 0;
+  }
+  mark(which, true);
   return ACL_SUCCESS;
 }
-EXPORT aclError aclrtStreamWaitEvent(aclrtStream, aclrtEvent event) {
+EXPORT aclError aclrtResetEvent(aclrtEvent event, aclrtStream stream) {
+  auto *which = static_cast<Event *>(event);
+  if (which->external) softnpu::submit(stream, [which] { mark(which, false); });
+  return ACL_SUCCESS;
+}
+EXPORT aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event) {
   auto *which = static_cast<Event *>(event);
   if (which->external && softnpu_is_capturing()) {
     // Only replays wait: the capture itself comes before the first record.
     softnpu_record([](void *data) { softnpu::wait_until_recorded(static_cast<Event *>(data)); },
                    [](void *) {}, which);
+  } else if (softnpu::is_late() && !softnpu_is_capturing()) {
+    softnpu::order_behind(stream, which->clock);
   }
   return ACL_SUCCESS;
 }
-EXPORT aclError aclrtSynchronizeEvent(aclrtEvent) { return wait(); }
-EXPORT aclError aclrtQueryEventStatus(aclrtEvent, aclrtEventRecordedStatus *status) {
+EXPORT aclError aclrtSynchronizeEvent(aclrtEvent event) {
+  if (softnpu::is_late()) return softnpu::wait_for(static_cast<Event *>(event)->clock);
   softnpu_flush();
+  return ACL_SUCCESS;
+}
+EXPORT aclError aclrtQueryEventStatus(aclrtEvent event, aclrtEventRecordedStatus *status) {
   *status = ACL_EVENT_RECORDED_STATUS_COMPLETE;
+  if (softnpu::is_late()) {
+    auto *which = static_cast<Event *>(event);
+    bool complete;
+    aclError code = softnpu::query(which->clock, &which->queries, &complete);
+    if (!complete) *status = ACL_EVENT_RECORDED_STATUS_NOT_READY;
+    return code;
+  }
+  softnpu_flush();
   return ACL_SUCCESS;
 }
 EXPORT aclError aclrtQueryEventWaitStatus(aclrtEvent, aclrtEventWaitStatus *status) {

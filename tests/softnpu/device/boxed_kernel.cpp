@@ -13,6 +13,8 @@
 // What makes, describes and views memory stays with torch_npu (`kept` below).
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/ThreadLocalState.h>
+#include <ATen/core/CachingHostAllocator.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_to_copy_native.h>
 #include <c10/core/CPUAllocator.h>
@@ -36,6 +38,9 @@
 #include <unistd.h>
 
 #include "runtime.h"
+
+extern "C" int aclrtMemcpyAsync(void *to, size_t room, const void *from, size_t size, int kind,
+                                void *stream);
 
 namespace {
 
@@ -118,6 +123,21 @@ class Trace {
   std::chrono::steady_clock::time_point written_{};
 };
 
+// The stream that a device's calls go to now, as the runtime knows it.
+void *acl_stream(c10::Device device) {
+  // NPUStream holds a c10::Stream and nothing else; `false`: without torch_npu's own queue.
+  using Get = void *(*)(const c10::Stream *, bool);
+  static Get get = [] {
+    void *library = dlopen("libtorch_npu.so", RTLD_NOLOAD | RTLD_LAZY);
+    return library
+               ? reinterpret_cast<Get>(dlsym(library, "_ZNK7c10_npu9NPUStream6streamEb"))
+               : nullptr;
+  }();
+  TORCH_CHECK(get, "software NPU: this torch_npu has no NPUStream::stream(bool)");
+  c10::Stream stream = c10::impl::VirtualGuardImpl(kDevice).getStream(device);
+  return get(&stream, false);
+}
+
 // --- aliases -------------------------------------------------------------------------------------
 
 size_t bytes_spanned(const Tensor &t) {
@@ -140,14 +160,20 @@ class Aliases {
   std::optional<c10::Device> other;   // of one that is on another npu
   std::optional<c10::Device> host;    // of one that is on no npu, and more than a number
 
-  Tensor to_cpu(const Tensor &npu) {
-    if (!npu.defined()) return npu;
-    if (npu.device().type() != kDevice) {
-      if (npu.dim() > 0) host = npu.device();
-      return npu;
+  // Notes where a tensor is.
+  void see(const Tensor &t) {
+    if (!t.defined()) return;
+    if (t.device().type() != kDevice) {
+      if (t.dim() > 0) host = t.device();
+      return;
     }
-    if (!device) device = npu.device();
-    if (*device != npu.device()) other = npu.device();
+    if (!device) device = t.device();
+    if (*device != t.device()) other = t.device();
+  }
+
+  Tensor to_cpu(const Tensor &npu) {
+    see(npu);
+    if (!npu.defined() || npu.device().type() != kDevice) return npu;
     for (const Pair &pair : pairs_)
       if (pair.npu.is_same(npu)) return pair.cpu;
     Tensor cpu = at::detail::make_tensor<c10::TensorImpl>(cpu_storage(npu), kCpu, npu.dtype());
@@ -182,6 +208,7 @@ class Aliases {
 
   // Brings to the npu arguments what the CPU kernel did to its aliases beside their elements.
   void settle() {
+    static const bool late = softnpu_is_late();
     for (const Pair &pair : pairs_) {
       const bool moved = pair.cpu.storage().data() != pair.npu.storage().data();
       const bool same = pair.cpu.sizes() == pair.npu.sizes() &&
@@ -191,6 +218,8 @@ class Aliases {
       if (defect("lost_resize") || defect("copied_argument")) continue;
       if (moved) {  // resized past its storage
         pair.npu.resize_(pair.cpu.sizes());
+        // torch_npu copies what was there, on the stream.
+        if (late) softnpu_progress(acl_stream(pair.npu.device()));
         impl->set_sizes_and_strides(pair.cpu.sizes(), pair.cpu.strides(),
                                     pair.npu.storage_offset());
         if (size_t bytes = bytes_spanned(pair.cpu))
@@ -354,12 +383,20 @@ void check_devices(const c10::OperatorHandle &op, const Aliases &aliases) {
               aliases.other ? *aliases.other : *aliases.host, " (software NPU)");
 }
 
+void run_on_cpu(const c10::OperatorHandle &op, c10::DispatchKeySet, torch::jit::Stack *stack);
+
+#include "late_kernel.h"
+
 void run_on_cpu(const c10::OperatorHandle &op, c10::DispatchKeySet, torch::jit::Stack *stack) {
   const auto &schema = op.schema();
   Trace::instance().count(op);
   TORCH_CHECK_NOT_IMPLEMENTED(has_cpu_semantics(op), "software NPU: ", op.operator_name(),
                               " has no CPU semantics; add them to python/softnpu/operators");
-  softnpu_flush();
+  static const bool late = softnpu_is_late();
+  if (!late)
+    softnpu_flush();
+  else if (run_late(op, stack))
+    return;
   const size_t count = schema.arguments().size(), base = stack->size() - count;
   Aliases aliases;
   for (size_t i = 0; i < count; i++) {
@@ -383,6 +420,11 @@ void run_on_cpu(const c10::OperatorHandle &op, c10::DispatchKeySet, torch::jit::
   aliases.settle();
 
   auto give_back = [&](const Tensor &cpu) {
+    // What it read may not have been written yet.
+    TORCH_CHECK(!late || softnpu_is_capturing() || !late_schema(op).view || !cpu.defined() ||
+                    cpu.numel() == 0 || !aliases.is_new(cpu),
+                "software NPU: ", op.operator_name(),
+                " is declared as a view and made a copy; late mode has to know it");
     Tensor npu = aliases.to_npu(cpu, where);
     if (recorded) {
       const bool copied = npu.defined() && npu.device().type() == kDevice && aliases.is_new(cpu);
@@ -488,7 +530,9 @@ EXPORT int softnpu_install() {
     if (!op || kept().count(full) || installed.count(full)) continue;
     if (!op->hasKernelForDispatchKey(kKey) && !op->hasKernelForDispatchKey(c10::DispatchKey::CPU))
       continue;
-    if (full == "aten::_to_copy")
+    if (full == "aten::copy_" && softnpu_is_late())
+      put(name, kKey, c10::KernelFunction::makeFromUnboxedFunction(TORCH_FN(copy_late)));
+    else if (full == "aten::_to_copy")
       put(name, kKey, c10::KernelFunction::makeFromUnboxedFunction(TORCH_FN(to_copy)));
     else
       put(name, kKey, c10::KernelFunction::makeFromBoxedFunction<&run_on_cpu>());

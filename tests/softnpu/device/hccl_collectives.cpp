@@ -239,43 +239,49 @@ Communicator &of(HcclComm comm) { return *static_cast<Communicator *>(comm); }
 
 extern "C" {
 
-HcclResult HcclBarrier(HcclComm comm, aclrtStream) {
-  return softnpu::run([=] { return of(comm).agree({HCCL_CMD_BARRIER, 0, 0, 0, 0}); });
+HcclResult HcclBarrier(HcclComm comm, aclrtStream stream) {
+  return softnpu::run(stream, [=] { return of(comm).agree({HCCL_CMD_BARRIER, 0, 0, 0, 0}); });
 }
 HcclResult HcclAllReduce(void *send, void *recv, uint64_t count, HcclDataType type,
-                         HcclReduceOp how, HcclComm comm, aclrtStream) {
-  return softnpu::run([=] { return all_reduce(of(comm), send, recv, count, type, how, -1); });
+                         HcclReduceOp how, HcclComm comm, aclrtStream stream) {
+  return softnpu::run(stream, [=] {
+    return all_reduce(of(comm), send, recv, count, type, how, -1);
+  });
 }
 HcclResult HcclReduce(void *send, void *recv, uint64_t count, HcclDataType type, HcclReduceOp how,
-                      uint32_t root, HcclComm comm, aclrtStream) {
-  return softnpu::run([=] { return all_reduce(of(comm), send, recv, count, type, how, root); });
+                      uint32_t root, HcclComm comm, aclrtStream stream) {
+  return softnpu::run(stream, [=] {
+    return all_reduce(of(comm), send, recv, count, type, how, root);
+  });
 }
 HcclResult HcclBroadcast(void *buffer, uint64_t count, HcclDataType type, uint32_t root,
-                         HcclComm comm, aclrtStream) {
-  return softnpu::run([=] { return broadcast(of(comm), buffer, count, type, root); });
+                         HcclComm comm, aclrtStream stream) {
+  return softnpu::run(stream, [=] { return broadcast(of(comm), buffer, count, type, root); });
 }
 HcclResult HcclAllGather(void *send, void *recv, uint64_t count, HcclDataType type, HcclComm comm,
-                         aclrtStream) {
-  return softnpu::run([=] { return all_gather(of(comm), send, recv, count, type); });
+                         aclrtStream stream) {
+  return softnpu::run(stream, [=] { return all_gather(of(comm), send, recv, count, type); });
 }
 HcclResult HcclReduceScatter(void *send, void *recv, uint64_t count, HcclDataType type,
-                             HcclReduceOp how, HcclComm comm, aclrtStream) {
-  return softnpu::run([=] { return reduce_scatter(of(comm), send, recv, count, type, how); });
+                             HcclReduceOp how, HcclComm comm, aclrtStream stream) {
+  return softnpu::run(stream, [=] {
+    return reduce_scatter(of(comm), send, recv, count, type, how);
+  });
 }
 HcclResult HcclScatter(void *send, void *recv, uint64_t count, HcclDataType type, uint32_t root,
-                       HcclComm comm, aclrtStream) {
-  return softnpu::run([=] { return scatter(of(comm), send, recv, count, type, root); });
+                       HcclComm comm, aclrtStream stream) {
+  return softnpu::run(stream, [=] { return scatter(of(comm), send, recv, count, type, root); });
 }
 HcclResult HcclAlltoAllV(const void *send, const void *send_counts, const void *send_offsets,
                          HcclDataType send_type, const void *recv, const void *recv_counts,
                          const void *recv_offsets, HcclDataType recv_type, HcclComm comm,
-                         aclrtStream) {
+                         aclrtStream stream) {
   // The counts are the host's and may be gone when a graph is replayed.
   const int ranks = of(comm).count();
   const uint64_t out = bytes_of(send_type), in = bytes_of(recv_type);
   Parts from{at(send, 0), sizes(send_counts, ranks, out), sizes(send_offsets, ranks, out)};
   Parts to{at(recv, 0), sizes(recv_counts, ranks, in), sizes(recv_offsets, ranks, in)};
-  return softnpu::run([=] { return all_to_all(of(comm), from, to); });
+  return softnpu::run(stream, [=] { return all_to_all(of(comm), from, to); });
 }
 HcclResult HcclAlltoAll(const void *send, uint64_t send_count, HcclDataType send_type,
                         const void *recv, uint64_t recv_count, HcclDataType recv_type,
@@ -290,12 +296,13 @@ HcclResult HcclAlltoAll(const void *send, uint64_t send_count, HcclDataType send
 }
 // An all_to_all in which a rank sends the same part to all ranks.
 HcclResult HcclAllGatherV(void *send, uint64_t count, void *recv, const void *counts,
-                          const void *offsets, HcclDataType type, HcclComm comm, aclrtStream) {
+                          const void *offsets, HcclDataType type, HcclComm comm,
+                          aclrtStream stream) {
   const int ranks = of(comm).count();
   const uint64_t width = bytes_of(type);
   Parts from{at(send, 0), Sizes(ranks, count * width), Sizes(ranks, 0)};
   Parts to{at(recv, 0), sizes(counts, ranks, width), sizes(offsets, ranks, width)};
-  return softnpu::run([=] { return all_to_all(of(comm), from, to); });
+  return softnpu::run(stream, [=] { return all_to_all(of(comm), from, to); });
 }
 
 }  // extern "C"

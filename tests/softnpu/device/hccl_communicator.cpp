@@ -186,8 +186,8 @@ HcclResult Communicator::agree(const Intent &intent) {
   return barrier();
 }
 
-HcclResult run(std::function<HcclResult()> work) {
-  softnpu_flush();
+HcclResult run(aclrtStream stream, std::function<HcclResult()> work) {
+  softnpu_progress(stream);
   HcclResult code = work();
   if (code != HCCL_SUCCESS || !softnpu_is_capturing()) return code;
   softnpu_record(

@@ -77,7 +77,7 @@ class Communicator {
 };
 
 // Does the work now, behind what came before it, and again in each replay of a captured graph.
-HcclResult run(std::function<HcclResult()> work);
+HcclResult run(aclrtStream stream, std::function<HcclResult()> work);
 
 uint64_t bytes_of(HcclDataType type);
 

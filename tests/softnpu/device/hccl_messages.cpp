@@ -73,8 +73,10 @@ HcclResult exchange(Communicator &comm, std::vector<Message> messages) {
 }
 
 HcclResult start(HcclComm comm, std::vector<Message> messages) {
+  // Messages of a group may be of several streams.
+  softnpu_flush();
   return softnpu::run(
-      [=] { return exchange(*static_cast<Communicator *>(comm), messages); });
+      nullptr, [=] { return exchange(*static_cast<Communicator *>(comm), messages); });
 }
 
 Message message(bool outgoing, void *buffer, uint64_t count, HcclDataType type, uint32_t peer) {
